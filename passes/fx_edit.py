@@ -1,0 +1,62 @@
+"""Small edits of FX graphs that keep ``meta["example_value"]`` right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    """The mode in which Dynamo made the example values of ``graph``. (AOTAutograd's is another one: never mix.)"""
+    for node in graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def values_of(args: Any) -> Any:
+    """``args`` of a node with every node in them replaced by its example value."""
+    return fx.map_arg(args, lambda n: n.meta["example_value"])
+
+
+def infer(node: fx.Node) -> None:
+    """Set the example value of ``node`` by running it on those of its arguments."""
+    mode = fake_mode_of(node.graph)
+    assert mode is not None, "graph without tensors"
+    args, kwargs = values_of(node.args), values_of(node.kwargs)
+    shape_env = mode.shape_env
+    assert shape_env is not None
+    with mode, torch.no_grad(), shape_env.ignore_fresh_unbacked_symbols():
+        if node.op == "call_method":
+            value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+    node.meta["example_value"] = value
+
+
+def infer_new(graph: fx.Graph, inherit: fx.Node) -> None:
+    """Infer every node that has no metadata yet, giving it the labels (module, stack trace) of ``inherit``."""
+    for node in graph.nodes:
+        if "example_value" in node.meta or node.op in ("placeholder", "output", "get_attr") or node.meta.get("statement"):
+            continue
+        for label in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+            if label in inherit.meta:
+                node.meta.setdefault(label, inherit.meta[label])
+        infer(node)
+
+
+def replace_uses_after(node: fx.Node, old: fx.Node, new: fx.Node, order: dict[fx.Node, int]) -> None:
+    """Make the users of ``old`` that run after ``node`` use ``new``."""
+    for user in list(old.users):
+        if user is not new and order[user] > order[node]:
+            user.replace_input_with(old, new)
+
+
+def positions(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
+    """The place of each node in its graph."""
+    return {node: i for i, node in enumerate(nodes)}

@@ -1,0 +1,252 @@
+"""The arms of a slot: its graph with all, some or none of its sites, each as a graph of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import sympy
+import torch
+from torch import fx
+
+from skipc.ir.program import KVPolicy
+from skipc.passes.fx_edit import infer
+from skipc.passes.ops import is_statement, tensor
+from skipc.passes.partition import Partition, Slot
+from skipc.passes.residual import Term
+
+
+@dataclass
+class ArmGraph:
+    """One arm, cut out. ``inputs`` and ``outputs`` are nodes of the whole graph."""
+
+    skipped: frozenset[str]
+    kv: KVPolicy
+    graph: fx.Graph | None  # None if there is nothing to run
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    copies: list[tuple[fx.Node, fx.Node]]
+    refused: str | None = None
+
+
+class ArmBuilder:
+    """Cuts arms out of a partitioned graph."""
+
+    def __init__(self, partition: Partition):
+        self.partition, self.flow = partition, partition.flow
+
+    def arms(self, slot: Slot) -> Iterator[ArmGraph]:
+        """All arms of ``slot``, first the one that runs everything."""
+        yield self.build(slot, [], "project")
+        terms = slot.junction.terms if slot.junction else []
+        for count in range(1, len(terms) + 1):
+            for skipped in combinations(terms, count):
+                yield self.build(slot, list(skipped), "project")
+                if self.droppable(slot, list(skipped)) or self.refusal(slot, list(skipped)):
+                    yield self.build(slot, list(skipped), "none")
+
+    # -- what a slot does to the outside ------------------------------------------------------------------------------
+
+    def effects(self, slot: Slot) -> list[fx.Node]:
+        """Writes of ``slot`` that outlive it, and statements such as assertions."""
+        return [n for n in slot.nodes if self.flow.is_effect(n) or is_statement(n) or self._written_for_others(n)]
+
+    def _written_for_others(self, node: fx.Node) -> bool:
+        return node in self.flow.writes and any(self._outside(u, node) for u in self.flow.users[node])
+
+    def _outside(self, user: fx.Node, node: fx.Node) -> bool:
+        return self.partition.place.get(user, -1) != self.partition.place[node]
+
+    def escapes(self, slot: Slot) -> list[fx.Node]:
+        """Values of ``slot`` that other slots or the caller use."""
+        return [n for n in slot.nodes if any(self._outside(u, n) for u in n.users)]
+
+    def droppable(self, slot: Slot, skipped: list[Term]) -> list[fx.Node]:
+        """Cache writes that only the skipped sites make and only they read: what kv="none" leaves out. Counters, which
+        do not depend on the stream, are kept."""
+        assert slot.entry is not None
+        return [
+            n
+            for n in self.effects(slot)
+            if n in self.flow.writes
+            and self.flow.depends(n, slot.entry)
+            and any(self.flow.depends(t.value, n) for t in skipped)
+        ]
+
+    # -- one arm --------------------------------------------------------------------------------------------------------
+
+    def build(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> ArmGraph:
+        """The arm of ``slot`` without the terms of ``skipped``."""
+        names = frozenset(t.name for t in skipped)
+        alias = self._without(slot, skipped)
+        roots = self.effects(slot)
+        if skipped:
+            roots = [n for n in roots if not (is_statement(n) and any(n in t.branch for t in skipped))]
+        if kv == "none":
+            roots = [n for n in roots if n not in self.droppable(slot, skipped)]
+        refused = self.refusal(slot, skipped) if kv == "none" else None
+        return self._emit(slot, names, kv, alias, roots, self.escapes(slot), refused)
+
+    def refusal(self, slot: Slot, skipped: list[Term]) -> str | None:
+        """Why kv="none" would be wrong for ``skipped``, if it would."""
+        if any(self._written_for_others(n) for n in self.droppable(slot, skipped)):
+            return "other layers read the cache that it would leave unwritten"
+        for escape in self.escapes(slot):
+            if any(escape in t.branch or self.flow.depends(t.value, escape) for t in skipped):
+                return "the caller or another layer keeps its keys and values"
+        return None
+
+
+    @staticmethod
+    def _without(slot: Slot, skipped: list[Term]) -> dict[fx.Node, fx.Node]:
+        """For each sum that loses all operands but one, the one that stays."""
+        gone = {t.value for t in skipped}
+        alias: dict[fx.Node, fx.Node] = {}
+        for add in slot.junction.adds if slot.junction else []:
+            stays = [a for a in add.args if a not in gone]
+            if not stays:
+                gone.add(add)
+            elif len(stays) == 1:
+                assert isinstance(stays[0], fx.Node)
+                alias[add] = stays[0]
+        return alias
+
+    def _emit(
+        self,
+        slot: Slot,
+        names: frozenset[str],
+        kv: KVPolicy,
+        alias: dict[fx.Node, fx.Node],
+        roots: list[fx.Node],
+        escapes: list[fx.Node],
+        refused: str | None,
+    ) -> ArmGraph:
+        inside = set(slot.nodes)
+
+        def resolve(node: fx.Node) -> fx.Node:
+            while node in alias and not self._needs_cast(node, alias[node]):
+                node = alias[node]
+            return node
+
+        needed = self._slice([*roots, *map(resolve, escapes)], inside, alias, resolve)
+        body = [n for n in slot.nodes if n in needed]
+        fresh = [e for e in escapes if resolve(e) not in inside and not self._may_share(e, resolve(e))]
+        inputs = self._inputs(slot, body, [resolve(e) for e in fresh], alias, resolve)
+        graph = fx.Graph()
+        copied = {node: _placeholder(graph, node) for node in inputs}
+
+        def lift(node: fx.Node) -> fx.Node:
+            node = resolve(node)
+            if node.op == "get_attr" and node not in copied:
+                copied[node] = graph.node_copy(node)
+            return copied[node]
+
+        for node in body:
+            if node in alias:  # a sum of mixed dtypes: what stays takes the dtype of the sum
+                copied[node] = graph.call_method("to", (lift(alias[node]), tensor(node).dtype))  # type: ignore[union-attr]
+            else:
+                copied[node] = graph.node_copy(node, lift)
+            copied[node].meta = dict(node.meta)
+        outputs: list[fx.Node] = []
+        results: list[fx.Node] = []
+        copies: list[tuple[fx.Node, fx.Node]] = []
+        for escape in escapes:
+            value = resolve(escape)
+            twin = next((o for o in outputs if resolve(o) is value), None)
+            if twin is not None:
+                copies.append((escape, twin))
+            elif value not in inside and escape not in fresh:
+                copies.append((escape, value))
+            else:
+                outputs.append(escape)
+                results.append(_fresh(graph, lift(value), escape) if escape in fresh else copied[value])
+        if not body and not results:
+            return ArmGraph(names, kv, None, [], [], copies, refused)
+        graph.output(tuple(results))
+        return ArmGraph(names, kv, graph, inputs, outputs, copies, refused)
+
+    def _inputs(
+        self,
+        slot: Slot,
+        body: list[fx.Node],
+        values: list[fx.Node],
+        alias: dict[fx.Node, fx.Node],
+        resolve: Callable[[fx.Node], fx.Node],
+    ) -> list[fx.Node]:
+        """What an arm reads from outside: the stream point, then values in order of use, then size symbols."""
+        inside = set(body)
+        read = [s for n in body for s in map(resolve, [alias[n]] if n in alias else n.all_input_nodes)]
+        outer = dict.fromkeys(v for v in (*read, *values) if v not in inside and v.op != "get_attr")
+        if slot.entry in outer:
+            outer = {slot.entry: None, **outer}
+        symbols = _symbols((*body, *outer))
+        for node in self.flow.nodes:
+            value = node.meta.get("example_value") if node.op == "placeholder" else None
+            if isinstance(value, torch.SymInt) and value.node.expr in symbols:
+                outer[node] = None
+        return list(outer)
+
+    def _slice(
+        self,
+        roots: list[fx.Node],
+        inside: set[fx.Node],
+        alias: dict[fx.Node, fx.Node],
+        resolve: Callable[[fx.Node], fx.Node],
+    ) -> set[fx.Node]:
+        """What the roots need, of the nodes inside the slot."""
+        needed: set[fx.Node] = set()
+        stack = [r for r in roots if r in inside]
+        while stack:
+            node = stack.pop()
+            if node in needed:
+                continue
+            needed.add(node)
+            if node in alias:
+                sources = {alias[node]}
+            else:
+                sources = {resolve(s) if s in node.all_input_nodes else s for s in self.flow.sources[node]}
+            stack += [s for s in sources if s in inside]
+        return needed
+
+    @staticmethod
+    def _needs_cast(total: fx.Node, kept: fx.Node) -> bool:
+        before, after = tensor(kept), tensor(total)
+        return before is not None and after is not None and before.dtype != after.dtype
+
+    def _may_share(self, escape: fx.Node, value: fx.Node) -> bool:
+        """True if the skipped sum may be the very tensor that went in: same strides, and nobody writes to either."""
+        before, after = tensor(value), tensor(escape)
+        if before is None or after is None:
+            return before is after
+        if (self.flow.storages[escape] | self.flow.storages[value]) & self.flow.written:
+            return False
+        return list(map(str, before.stride())) == list(map(str, after.stride()))
+
+
+def _placeholder(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    name = node.name if node.op == "placeholder" else f"in_{node.name}"
+    made = graph.placeholder(name)
+    made.meta = {"example_value": node.meta.get("example_value")}
+    made._dynamo_source = None  # type: ignore[attr-defined]
+    return made
+
+
+def _fresh(graph: fx.Graph, value: fx.Node, like: fx.Node) -> fx.Node:
+    """A copy of ``value`` with the strides of ``like``, which is contiguous (find_sites refuses other layouts)."""
+    made = graph.call_method("clone", (value,), {"memory_format": torch.contiguous_format})
+    made.meta = {k: v for k, v in like.meta.items() if k != "example_value"}
+    infer(made)
+    return made
+
+
+def _symbols(nodes: Iterable[fx.Node]) -> set[sympy.Symbol]:
+    """Every size symbol in the values of ``nodes``. Inductor must be able to read each off an input."""
+    used: set[sympy.Symbol] = set()
+    for node in nodes:
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("example_value")):
+            is_tensor = isinstance(value, torch.Tensor)
+            for size in (*value.shape, *value.stride(), value.storage_offset()) if is_tensor else (value,):
+                if isinstance(size, torch.SymInt):
+                    used |= size.node.expr.free_symbols
+    return used

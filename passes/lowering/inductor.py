@@ -1,0 +1,87 @@
+"""The one place where skipc calls Inductor, and the only one that knows its internals (torch 2.13)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from skipc.ir.config import Config
+from skipc.ir.errors import ConfigError, VersionError, nearest
+
+SUPPORTED_TORCH = (2, 13)
+
+Compiled = Callable[[list[Any]], Sequence[Any]]
+
+
+def check_torch_version() -> None:
+    """Refuse a torch that this release does not know.
+
+    Raises:
+        VersionError: naming the version found and the one that is needed.
+    """
+    match = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    found = tuple(map(int, match.groups())) if match else ()
+    if found != SUPPORTED_TORCH:
+        need = ".".join(map(str, SUPPORTED_TORCH))
+        raise VersionError(f"skipc needs torch {need}.x, found {torch.__version__}: pip install 'torch=={need}.*'")
+
+
+def config_patches(config: Config) -> dict[str, Any]:
+    """Inductor's settings from ``config.mode`` and ``config.inductor``.
+
+    Raises:
+        ConfigError: for a mode or option that Inductor does not have.
+    """
+    patches: dict[str, Any] = {}
+    if config.mode not in (None, "default"):
+        modes = torch._inductor.list_mode_options()
+        if config.mode not in modes:
+            raise ConfigError(f"no Inductor mode is called {config.mode!r}; known: {', '.join(modes)}")
+        patches.update(modes[config.mode])
+    known = torch._inductor.list_options()
+    for key, value in config.inductor.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            close = nearest(name, known)
+            raise ConfigError(f"Inductor has no option {key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+        patches[name] = value
+    # Regions hand each other fresh tensors, which CUDA graphs would have to copy in: one graph a plan is part of a later
+    # release. Until then, modes that ask for CUDA graphs run without.
+    patches.pop("triton.cudagraphs", None)
+    return patches
+
+
+def compile_whole(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """Plain Inductor on a whole Dynamo graph, settings included."""
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = config_patches(config)
+    if config.mode in ("reduce-overhead", "max-autotune"):
+        patches.update(torch._inductor.list_mode_options(config.mode))
+    return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def compile_region(gm: fx.GraphModule, config: Config) -> Compiled:
+    """Compile one region with Inductor. The result takes a list of inputs and returns the outputs in order.
+
+    Example inputs are the fake tensors of Dynamo's trace, so guards on size symbols land in Dynamo's own ShapeEnv.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx
+
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values = [n.meta["example_value"] for n in placeholders]
+    mode = next((v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor)), None)
+    # A tracing context of its own: AOTAutograd would otherwise mix the example values with the outer context's mode,
+    # and leave this region's metadata there for the next one.
+    with tracing(TracingContext(mode)):
+        compiled = compile_fx(gm, values, config_patches=config_patches(config))
+    # The host program already runs with Dynamo off, so the guard that compile_fx puts around its result is taken off.
+    # (That result takes its inputs unpacked, although it inherits a `_boxed_call` mark from what it wraps.)
+    if getattr(compiled, "_torchdynamo_disable", False):
+        compiled = getattr(compiled, "__wrapped__", compiled)
+    return lambda arguments: compiled(*arguments)

@@ -1,0 +1,274 @@
+"""The outline lowering: a graph becomes distinct regions and a host program that calls them.
+
+The host program branches in Python, so a plan changes nothing that was compiled, and skipping a site costs nothing at
+all: its variable takes the value that went in.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from skipc.ir.config import Config
+from skipc.ir.program import Arm, ProgramSpec, RegionInfo, Step, Var
+from skipc.ir.site import Site
+from skipc.passes.classify import is_heavy
+from skipc.passes.dataflow import Dataflow
+from skipc.passes.fx_edit import fake_mode_of
+from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
+from skipc.passes.lowering.inductor import Compiled, compile_region
+from skipc.passes.lowering.structure import structure_of, translate
+from skipc.passes.ops import VIEWS, is_parameter_like, op_name
+from skipc.passes.partition import Partition, Slot
+from skipc.passes.residual import Streams
+
+_FREE = VIEWS | frozenset("getitem expand transpose permute size add_ arange add to sub".split())
+
+
+@dataclass
+class Region:
+    """A distinct region: its graph and, once compiled, its function."""
+
+    name: str
+    gm: fx.GraphModule
+    symbols: list[sympy.Symbol]
+    heavy: bool
+    calls: int = 0
+    guards: list[Any] = field(default_factory=list)
+    function: Compiled | None = None
+    seconds: float = 0.0
+
+    @property
+    def trivial(self) -> bool:
+        """So little work that calling Inductor's code would cost more than running it: views and counters."""
+        nodes = [n for n in self.gm.graph.nodes if n.op in ("call_function", "call_method")]
+        return len(nodes) <= 4 and all(op_name(n) in _FREE for n in nodes)
+
+    def info(self) -> RegionInfo:
+        """The record for reports."""
+        count = sum(1 for n in self.gm.graph.nodes if n.op in ("call_function", "call_method"))
+        return RegionInfo(self.name, count, self.calls, not self.trivial, self.seconds)
+
+
+class Outline:
+    """Lowers one graph. After construction, :attr:`spec` and :attr:`regions` describe the program; :meth:`compile`
+    makes the regions callable."""
+
+    def __init__(self, gm: fx.GraphModule, streams: Streams):
+        self.gm = gm
+        self.flow = Dataflow(gm.graph)
+        self.mode: FakeTensorMode | None = fake_mode_of(gm.graph)
+        self.partition = Partition(gm.graph, self.flow, streams.junctions)
+        self.builder = ArmBuilder(self.partition)
+        self.names = _variable_names(gm.graph, self.partition)
+        self.regions: list[Region] = []
+        self._by_structure: dict[str, list[int]] = {}
+        self._symbols_of_call: list[tuple[int, list[sympy.Symbol]]] = []
+        steps = self._steps()
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        output = next(iter(reversed(gm.graph.nodes)))
+        self.spec = ProgramSpec(
+            inputs=tuple(self.names[n] for n in placeholders),
+            steps=_with_releases(steps, {self.names[n] for n in output.all_input_nodes}, {self.names[n] for n in placeholders}),
+            outputs=tuple(self._output(v) for v in output.args[0]),  # type: ignore[union-attr]
+            sites=self._sites(),
+            parameters=tuple(i for i, n in enumerate(placeholders) if is_parameter_like(n)),
+            stream_points=frozenset(
+                self.names[n] for j in streams.junctions for n in (j.add, j.point, j.shortcut) if n in self.names
+            ),
+        )
+
+    def _output(self, value: Any) -> Any:
+        return Var(self.names[value]) if isinstance(value, fx.Node) else value
+
+    def _steps(self) -> list[Step]:
+        steps = []
+        for slot in self.partition.slots:
+            arms = tuple(self._arm(slot, a) for a in self.builder.arms(slot))
+            if arms[0].region is None and not arms[0].copies:
+                continue
+            sites = tuple(t.name for t in slot.junction.terms) if slot.junction else ()
+            steps.append(Step(slot.label, sites, arms))
+        return steps
+
+    def _arm(self, slot: Slot, arm: ArmGraph) -> Arm:
+        region = None if arm.graph is None else self._region(slot, arm)
+        named: Callable[[fx.Node], str] = self.names.__getitem__
+        return Arm(
+            skipped=arm.skipped,
+            kv=arm.kv,
+            region=region,
+            inputs=tuple(map(named, arm.inputs)),
+            outputs=tuple(map(named, arm.outputs)),
+            copies=tuple((named(a), named(b)) for a, b in arm.copies),
+            refused=arm.refused,
+        )
+
+    def _region(self, slot: Slot, arm: ArmGraph) -> int:
+        """Index of the region for ``arm``: an equal one that exists, or a new one."""
+        assert arm.graph is not None
+        key, symbols = structure_of(arm.graph, self.gm)
+        for index in self._by_structure.get(key, []):
+            if len(self.regions[index].symbols) == len(symbols):
+                self.regions[index].calls += 1
+                self._symbols_of_call.append((index, symbols))
+                return index
+        kinds = "_".join(t.kind.value for t in slot.junction.terms if t.name not in arm.skipped) if slot.junction else ""
+        if arm.skipped:
+            assert slot.junction is not None
+            gone = "_".join(t.kind.value for t in slot.junction.terms if t.name in arm.skipped)
+            kinds = f"{kinds}_without_{gone}" if kinds else f"{gone}_{'skipped' if arm.kv == 'project' else 'dropped'}"
+        base = kinds or slot.label
+        taken = sum(1 for r in self.regions if re.fullmatch(rf"{base}(_\d+)?", r.name))
+        region = Region(
+            base if not taken else f"{base}_{taken + 1}",
+            fx.GraphModule(self.gm, arm.graph),
+            symbols,
+            any(map(is_heavy, arm.graph.nodes)),
+            calls=1,
+        )
+        self.regions.append(region)
+        self._by_structure.setdefault(key, []).append(len(self.regions) - 1)
+        return len(self.regions) - 1
+
+    def _sites(self) -> tuple[Site, ...]:
+        sites = []
+        for slot in self.partition.slots:
+            for term in slot.junction.terms if slot.junction else ():
+                private = self._private(slot, term.name)
+                writes = self.builder.droppable(slot, [term])
+                kept = self.builder.effects(slot)
+                returned = [
+                    e
+                    for e in self.builder.escapes(slot)
+                    if (e in term.branch or self.flow.depends(term.value, e)) and slot.entry is not None
+                    and self.flow.depends(e, slot.entry)
+                ]
+                slice_size = len(self.builder._slice([*writes, *returned], set(slot.nodes), {}, lambda n: n))
+                sites.append(
+                    Site(
+                        name=term.name,
+                        kind=term.kind,
+                        layer=term.layer,
+                        stream=slot.junction.stream,  # type: ignore[union-attr]
+                        nodes=private,
+                        effect_nodes=slice_size,
+                        effects=tuple(_written_names(w) for w in writes if w in kept),
+                        returned=len(returned),
+                    )
+                )
+        return tuple(sites)
+
+    def _private(self, slot: Slot, name: str) -> int:
+        """How many operations an arm without the site saves."""
+        assert slot.junction is not None
+        run = self.builder.build(slot, [], "project")
+        skip = self.builder.build(slot, [t for t in slot.junction.terms if t.name == name], "project")
+        sizes = [0 if a.graph is None else sum(n.op.startswith("call") for n in a.graph.nodes) for a in (run, skip)]
+        return sizes[0] - sizes[1]
+
+    # -- compilation --------------------------------------------------------------------------------------------------
+
+    def compile(self, config: Config) -> list[Compiled]:
+        """Compile every distinct region once; evaluate its guards for each place that shares it."""
+        for region in self.regions:
+            self._compile(region, config)
+        self._check_shared_guards()
+        self.spec = replace(self.spec, regions=tuple(r.info() for r in self.regions))
+        functions = [r.function for r in self.regions]
+        return functions  # type: ignore[return-value]
+
+    def _compile(self, region: Region, config: Config) -> None:
+        if region.trivial:
+            forward = region.gm.forward
+            region.function = lambda arguments: forward(*arguments)
+            return
+        shape_env = self.mode.shape_env if self.mode is not None else None
+        before = len(shape_env.guards) if shape_env is not None else 0
+        start = time.perf_counter()
+        # Inductor takes the graph over and rewrites it; explain still wants to print it.
+        region.function = compile_region(fx.GraphModule(self.gm, _copied(region.gm.graph)), config)
+        region.seconds = time.perf_counter() - start
+        if shape_env is not None:
+            region.guards = [g.expr for g in shape_env.guards[before:]]
+
+    def _check_shared_guards(self) -> None:
+        """Guards that compiling a region put on its own symbols must hold for every other place that calls it; asking
+        adds them to Dynamo's guards. (A place where one fails would be a place with other sizes: none is known.)"""
+        if self.mode is None or self.mode.shape_env is None:
+            return
+        for index, symbols in self._symbols_of_call:
+            region = self.regions[index]
+            if symbols == region.symbols:
+                continue
+            for guard in translate(region.guards, symbols, region.symbols):
+                if not self.mode.shape_env.evaluate_expr(guard):
+                    raise RuntimeError(f"region {region.name} is shared by places of different sizes: {guard}")
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = copy.node_copy(node, mapping.__getitem__)
+        mapping[node].meta = dict(node.meta)
+        if node.op == "placeholder":
+            mapping[node]._dynamo_source = None  # type: ignore[attr-defined]
+    return copy
+
+
+def _written_names(write: fx.Node) -> str:
+    target = write.args[0]
+    source = getattr(getattr(target, "_dynamo_source", None), "name", None)
+    name = source or getattr(target, "name", str(target))
+    return re.sub(r"L\['(?:kwargs|args|self)'\]\.?", "", name)
+
+
+def _variable_names(graph: fx.Graph, partition: Partition) -> dict[fx.Node, str]:
+    """Readable, unique Python names: module paths for weights, ``x0, x1, ...`` for the points of the stream."""
+    names: dict[fx.Node, str] = {}
+    used: Counter[str] = Counter()
+
+    def claim(node: fx.Node, wish: str) -> None:
+        wish = re.sub(r"\W+", "_", wish).strip("_") or "value"
+        if wish[0].isdigit() or keyword.iskeyword(wish):
+            wish = f"v_{wish}"
+        used[wish] += 1
+        names[node] = wish if used[wish] == 1 else f"{wish}__{used[wish]}"
+
+    points = dict.fromkeys(s.entry for s in partition.slots if s.entry is not None)
+    for i, point in enumerate(points):
+        if point.op != "placeholder":
+            claim(point, f"x{i}")
+    for node in graph.nodes:
+        if node in names or node.op in ("output", "get_attr"):
+            continue
+        if node.op == "placeholder":
+            source = getattr(getattr(node, "_dynamo_source", None), "name", "") or node.name
+            source = re.sub(r"_(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", source)
+            claim(node, re.sub(r"^L\['(?:self|args|kwargs|fn)'\]", "", source))
+        else:
+            claim(node, node.name)
+    return names
+
+
+def _with_releases(steps: list[Step], kept: set[str], inputs: set[str]) -> tuple[Step, ...]:
+    """Note after which step each intermediate value is dead, so that the program lets go of it."""
+    last: dict[str, int] = {}
+    for i, step in enumerate(steps):
+        for arm in step.arms:
+            for name in (*arm.inputs, *arm.outputs, *(n for pair in arm.copies for n in pair)):
+                last[name] = i
+    return tuple(
+        replace(step, releases=tuple(sorted(n for n, at in last.items() if at == i and n not in kept and n not in inputs)))
+        for i, step in enumerate(steps)
+    )

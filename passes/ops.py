@@ -1,0 +1,186 @@
+"""What the operations of a Dynamo graph do, told by the operation alone: names of torch functions, never of users.
+
+Dynamo graphs are taken before AOTAutograd: they mix Python operators, ``torch`` functions, tensor methods and
+``torch.ops`` overloads. Everything here speaks of an operation by one short name, the same for all of these forms.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+HEAVY = frozenset(
+    "linear matmul __matmul__ mm bmm mv addmm addmv baddbmm addbmm einsum tensordot bilinear inner "
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_depthwise convolution "
+    "scaled_dot_product_attention _transformer_encoder_layer_fwd multi_head_attention_forward flex_attention "
+    "grouped_mm _grouped_mm grouped_mm_fallback scan associative_scan".split()
+)
+ATTENTION = frozenset({"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"})
+SOFTMAX = frozenset({"softmax", "_softmax"})
+MATMUL = frozenset({"matmul", "__matmul__", "bmm", "baddbmm", "einsum"})
+ROUTING = frozenset({"topk", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
+TOKEN_MIXING = frozenset(
+    "conv1d conv2d conv3d convolution cumsum cumprod logcumsumexp fft_fft fft_fftn fft_rfft fft_rfft2 fft_fft2 "
+    "scan associative_scan".split()
+)
+CASTS = frozenset("to type type_as float half bfloat16 double contiguous clone detach identity alias dropout".split())
+VIEWS = frozenset("view reshape unsqueeze squeeze flatten unflatten view_as _unsafe_view".split())
+SCALES = frozenset("mul __mul__ div truediv __truediv__".split())
+
+_RANDOM = frozenset(
+    "rand randn randint rand_like randn_like randint_like randperm bernoulli bernoulli_ multinomial normal normal_ "
+    "uniform_ exponential_ random_ poisson rrelu feature_dropout alpha_dropout".split()
+)
+_IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.imatmul: operator.matmul,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
+}
+
+
+def op_name(node: fx.Node) -> str:
+    """The short name of what ``node`` calls: ``"add"`` for ``+``, ``torch.add``, ``.add`` and ``aten.add.Tensor``."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    if isinstance(target, OpOverload):
+        return str(target.overloadpacket.__name__)
+    return str(getattr(target, "__name__", target))
+
+
+def is_add(node: fx.Node) -> bool:
+    """True for an out-of-place sum of two graph values."""
+    return (
+        op_name(node) in ("add", "__add__") and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+    )
+
+
+def tensor(node: Any) -> torch.Tensor | None:
+    """The fake tensor that ``node`` stands for, if it is one tensor."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def tensors(node: fx.Node) -> list[torch.Tensor]:
+    """All fake tensors in the value of ``node``."""
+    flat, _ = torch.utils._pytree.tree_flatten(node.meta.get("example_value"))
+    return [v for v in flat if isinstance(v, torch.Tensor)]
+
+
+def is_parameter_like(node: fx.Node) -> bool:
+    """True for an input that belongs to the model rather than to the call (weights, and also buffers)."""
+    if node.op == "get_attr":
+        return True
+    source = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return node.op == "placeholder" and (source.endswith("']") and ("._parameters[" in source or "._buffers[" in source))
+
+
+@lru_cache(maxsize=4096)
+def _parameter_index(target: Callable[..., Any], parameter: str) -> int | None:
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index(parameter) if parameter in names else None
+
+
+def argument(node: fx.Node, parameter: str, default: Any = None) -> Any:
+    """The value of a named parameter of a Python-level torch function, however it was passed."""
+    if parameter in node.kwargs:
+        return node.kwargs[parameter]
+    index = _parameter_index(node.target, parameter) if callable(node.target) else None
+    return node.args[index] if index is not None and index < len(node.args) else default
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments that ``node`` writes in place."""
+    written: list[Any] = []
+    if node.op == "call_method":
+        target = str(node.target)
+        if (target.endswith("_") and not target.endswith("__")) or target == "__setitem__":
+            written = list(node.args[:1])
+    elif node.op == "call_function":
+        target = node.target  # type: ignore[assignment]
+        if isinstance(target, OpOverloadPacket):
+            target = getattr(target, target.overloads()[0])  # type: ignore[assignment]
+        if isinstance(target, OpOverload):
+            for i, arg in enumerate(target._schema.arguments):
+                if arg.alias_info is not None and arg.alias_info.is_write:
+                    value = node.kwargs.get(arg.name, node.args[i] if i < len(node.args) else None)
+                    written += value if isinstance(value, list | tuple) else [value]
+        elif isinstance(target, HigherOrderOperator):
+            if _writes_inside(node):
+                written = list(node.all_input_nodes)
+        elif target is operator.setitem or target in _IN_PLACE_OPERATORS:
+            written = list(node.args[:1])
+        else:
+            name = op_name(node)
+            if (name.endswith("_") and not name.endswith("__")) or argument(node, "inplace") is True:
+                written = list(node.args[:1])
+            elif name == "batch_norm" and argument(node, "training"):
+                written = [argument(node, "running_mean"), argument(node, "running_var")]
+    out = node.kwargs.get("out")
+    written += out if isinstance(out, list | tuple) else [out]
+    return [a for a in written if isinstance(a, fx.Node) and tensors(a)]
+
+
+def _writes_inside(node: fx.Node) -> bool:
+    owner = node.graph.owning_module
+    for arg in node.all_input_nodes:
+        sub = getattr(owner, str(arg.target), None) if arg.op == "get_attr" else None
+        if isinstance(sub, fx.GraphModule) and any(written_arguments(n) for n in sub.graph.nodes):
+            return True
+    return False
+
+
+def out_of_place(node: fx.Node) -> tuple[str, Any] | None:
+    """The op and target of the out-of-place twin of an in-place operation, or None if it has none."""
+    if node.op == "call_method":
+        base = str(node.target)[:-1]
+        return ("call_method", base) if hasattr(torch.Tensor, base) and base not in ("copy", "fill", "zero") else None
+    target: Any = node.target
+    if target in _IN_PLACE_OPERATORS:
+        return "call_function", _IN_PLACE_OPERATORS[target]
+    if argument(node, "inplace") is True:
+        return "call_function", target
+    return None
+
+
+def is_random(node: fx.Node) -> bool:
+    """True if ``node`` draws random numbers."""
+    name = op_name(node)
+    if name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "native_dropout"):
+        probability = argument(node, "p", 0.5)
+        return bool(argument(node, "training", True)) and probability != 0
+    if name == "scaled_dot_product_attention":
+        dropout = argument(node, "dropout_p", 0.0) if "dropout_p" in node.kwargs or len(node.args) > 4 else 0.0
+        return dropout != 0.0
+    if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        return True
+    return name in _RANDOM
+
+
+def is_statement(node: fx.Node) -> bool:
+    """True for a call made for what it does rather than for its value, other than a write: assertions, mode switches."""
+    if node.op != "call_function" or node.users:
+        return False
+    return node.meta.get("example_value") is None and not written_arguments(node)

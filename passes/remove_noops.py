@@ -1,0 +1,84 @@
+"""Remove operations that do nothing in inference."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from skipc.passes.base import Pass, PassContext, PassResult
+from skipc.passes.ops import argument, is_random, op_name, tensor
+
+_ALIAS_IF_SAME = frozenset("to type float half bfloat16 double contiguous type_as identity detach".split())
+_DROPOUTS = frozenset("dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout".split())
+
+
+class RemoveNoops(Pass):
+    """Drop dropout in evaluation mode, casts and copies that return their input, API-usage logging, and autocast
+    switches that switch nothing.
+
+    Before::
+
+        %h : f32[2, 7, 64] = dropout(%x, 0.1, False, False)
+        %c : f32[2, 7, 64] = to(%h, torch.float32)
+        %y : f32[2, 7, 64] = add(%c, %x)
+
+    After::
+
+        %y : f32[2, 7, 64] = add(%x, %x)
+
+    Leaves alone: dropout in training, casts that convert, ``clone``, autocast regions that change dtypes.
+    """
+
+    name = "remove_noops"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        matched = 0
+        for node in list(gm.graph.nodes):
+            source = self._identity_of(node)
+            if source is not None:
+                node.replace_all_uses_with(source)
+                gm.graph.erase_node(node)
+                matched += 1
+            elif op_name(node) == "_log_api_usage_once":
+                gm.graph.erase_node(node)
+                matched += 1
+            elif op_name(node) == "_exit_autocast" and _disables(node.args[0]):
+                enter = node.args[0]
+                gm.graph.erase_node(node)
+                gm.graph.erase_node(enter)
+                matched += 1
+        return PassResult(matched, matched > 0)
+
+    @staticmethod
+    def _identity_of(node: fx.Node) -> fx.Node | None:
+        if node.op not in ("call_function", "call_method"):
+            return None
+        name = op_name(node)
+        source = node.args[0] if node.args else argument(node, "input")
+        if not isinstance(source, fx.Node):
+            return None
+        if name in _DROPOUTS:
+            return None if is_random(node) or argument(node, "inplace") is True else source
+        if name not in _ALIAS_IF_SAME or node.kwargs.get("copy") or node.args[3:4] == (True,):
+            return None
+        before, after = tensor(source), tensor(node)
+        if before is None or after is None:
+            return None
+        same = (
+            before.dtype == after.dtype
+            and before.device == after.device
+            and list(map(str, before.shape)) == list(map(str, after.shape))
+            and list(map(str, before.stride())) == list(map(str, after.stride()))
+            and before.untyped_storage()._cdata == after.untyped_storage()._cdata
+        )
+        return source if same else None
+
+
+def _disables(enter: object) -> bool:
+    """True for ``_enter_autocast(device, dtype, enabled=False, ...)``: autocast is off around the graph anyway, or the
+    manager has refused it."""
+    return (
+        isinstance(enter, fx.Node)
+        and op_name(enter) == "_enter_autocast"
+        and len(enter.users) == 1
+        and (enter.args[2:3] == (False,) or enter.kwargs.get("enabled") is False)
+    )

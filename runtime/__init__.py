@@ -1,0 +1,1 @@
+"""What runs after compilation: the host program, sessions and their statistics."""

@@ -1,0 +1,162 @@
+"""The callable that skipc emits."""
+
+from __future__ import annotations
+
+import linecache
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from skipc.ir.errors import PlanError, UnknownSiteError
+from skipc.ir.program import KVPolicy, ProgramSpec, Var
+from skipc.ir.site import Site
+from skipc.kernels.similarity import stream_similarity
+from skipc.runtime import sessions
+from skipc.runtime.codegen import source_of
+
+Arms = tuple[int, ...]
+RegionFunction = Callable[[list[Any]], Sequence[Any]]
+
+
+@dataclass
+class Measurement:
+    """One site in one call of :meth:`Program.measure`. ``similarity`` is the fp32 cosine between the residual stream
+    before the site's step and after it, averaged over tokens; None where the step did not change the stream's shape
+    into something comparable."""
+
+    sites: tuple[str, ...]
+    seconds: float
+    similarity: float | None
+
+
+class Program:
+    """One compiled graph: regions, and the host code that calls them under the session in force.
+
+    Nothing in here belongs to an instance of the model: weights come in as inputs at every call, because Dynamo may
+    use one compilation for several instances of a class.
+    """
+
+    def __init__(
+        self,
+        spec: ProgramSpec,
+        functions: Sequence[RegionFunction],
+        default_kv: KVPolicy = "project",
+        partial: str | None = None,
+    ):
+        self.spec = spec
+        self.functions = tuple(functions)
+        self.default_kv = default_kv
+        self.partial = partial  # why this graph is not the whole model, if so
+        self.source = source_of(spec)
+        self.exact: Arms = (0,) * len(spec.steps)
+        self.site_names = frozenset(s.name for s in spec.sites)
+        self._plans: dict[tuple[frozenset[str], KVPolicy], Arms] = {}
+        self._run = self._load()
+        self._seen_stream = _positions(spec, spec.stream_points)
+
+    def _load(self) -> Callable[[Sequence[Any], Arms], tuple[Any, ...]]:
+        name = f"<skipc program {id(self):#x}>"
+        linecache.cache[name] = (len(self.source), None, self.source.splitlines(keepends=True), name)
+        scope: dict[str, Any] = {r.name: f for r, f in zip(self.spec.regions, self.functions, strict=True)}
+        exec(compile(self.source, name, "exec"), scope)
+        return scope["program"]
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        if not sessions.any_open():
+            return self._run(inputs, self.exact)
+        session = sessions.session_for(self._parameters(inputs))
+        return self._run(inputs, self.exact) if session is None else session.call(self, inputs)
+
+    def _parameters(self, inputs: Sequence[Any]) -> list[int]:
+        return [id(inputs[i]) for i in self.spec.parameters]
+
+    def run(self, inputs: Sequence[Any], arms: Arms) -> tuple[Any, ...]:
+        """Run with one arm chosen for each step."""
+        outputs = self._run(inputs, arms)
+        return self._unshared(inputs, outputs) if arms is not self.exact and self._seen_stream else outputs
+
+    def _unshared(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A skipped site hands the same tensor on. Where the caller gets several points of a stream, or one that it
+        passed in, each must be a tensor of its own, as without skipping."""
+        seen = {id(t) for t in inputs}
+        result = list(outputs)
+        for i in self._seen_stream:
+            if id(result[i]) in seen:
+                result[i] = result[i].clone()
+            seen.add(id(result[i]))
+        return tuple(result)
+
+    def arms_for(self, skip: frozenset[str], kv: KVPolicy) -> Arms:
+        """The arm of each step under which the sites in ``skip`` are left out.
+
+        Raises:
+            PlanError: if leaving one out under ``kv`` would give wrong answers.
+        """
+        key = (skip, kv)
+        if key not in self._plans:
+            arms = tuple(step.arm_for(skip, kv) for step in self.spec.steps)
+            for step, arm in zip(self.spec.steps, arms, strict=True):
+                if step.arms[arm].refused:
+                    names = ", ".join(sorted(step.arms[arm].skipped))
+                    raise PlanError(f"kv={kv!r} cannot skip {names}: {step.arms[arm].refused}; use kv='project'")
+            self._plans[key] = self.exact if arms == self.exact else arms
+        return self._plans[key]
+
+    def skipped_by(self, arms: Arms) -> frozenset[str]:
+        """The sites that ``arms`` leaves out."""
+        return frozenset().union(*(s.arms[a].skipped for s, a in zip(self.spec.steps, arms, strict=True)))
+
+    def measure(self, inputs: Sequence[Any], arms: Arms) -> tuple[tuple[Any, ...], list[Measurement]]:
+        """Run step by step with a clock and a similarity for each site. Slower than :meth:`run`, same results."""
+        scope = dict(zip(self.spec.inputs, inputs, strict=True))
+        measured = []
+        for step, index in zip(self.spec.steps, arms, strict=True):
+            arm = step.arms[index]
+            _wait(inputs)
+            start = time.perf_counter()
+            if arm.region is not None:
+                results = self.functions[arm.region]([scope[n] for n in arm.inputs])
+                scope.update(zip(arm.outputs, results, strict=True))
+            scope.update({name: scope[value] for name, value in arm.copies})
+            _wait(inputs)
+            seconds = time.perf_counter() - start
+            if step.sites:
+                run = step.arms[0]
+                before = scope.get(run.inputs[0])
+                after = scope.get((*run.outputs, *(c[0] for c in run.copies))[-1])
+                measured.append(Measurement(step.sites, seconds, stream_similarity(before, after)))
+        outputs = tuple(scope[v.name] if isinstance(v, Var) else v for v in self.spec.outputs)
+        return outputs, measured
+
+
+def _positions(spec: ProgramSpec, names: frozenset[str]) -> tuple[int, ...]:
+    """Outputs that are points of a stream."""
+    return tuple(i for i, v in enumerate(spec.outputs) if isinstance(v, Var) and v.name in names)
+
+
+def _wait(inputs: Iterable[Any]) -> None:
+    if any(isinstance(t, torch.Tensor) and t.is_cuda for t in inputs):
+        torch.cuda.synchronize()
+
+
+class Fallback:
+    """Plain Inductor in place of a program, and why. Under a session it raises: it could skip nothing."""
+
+    def __init__(self, function: Callable[..., Any], reason: str, parameters: Sequence[int]):
+        self.function, self.reason, self.parameters = function, reason, tuple(parameters)
+
+    def __call__(self, *inputs: Any) -> Any:
+        if sessions.any_open():
+            sessions.refuse([id(inputs[i]) for i in self.parameters], self.reason)
+        return self.function(*inputs)
+
+
+def check_sites(names: Iterable[str], sites: Iterable[Site]) -> None:
+    """Raise :class:`UnknownSiteError` for the first of ``names`` that is none of ``sites``."""
+    known = [s.name for s in sites]
+    for name in names:
+        if name not in known:
+            raise UnknownSiteError(name, known)

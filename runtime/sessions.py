@@ -1,0 +1,254 @@
+"""Sessions: what a compiled model does for one request, or one batch of requests.
+
+A session is in force in the thread that opened it, for the model that it was opened on, until its ``with`` block ends.
+It never lapses in silence: what cannot be honoured raises.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+
+from skipc.ir.errors import FallbackError, SessionError, SessionThreadError, UnknownSiteError
+from skipc.ir.program import KVPolicy
+
+if TYPE_CHECKING:
+    from skipc.runtime.program import Arms, Measurement, Program
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass
+class SessionStats:
+    """What ran under a session."""
+
+    calls: int = 0
+    ran: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    recompiles: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    similarity: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.calls} calls, {self.recompiles} recompilations"]
+        for name in sorted({*self.ran, *self.skipped}):
+            lines.append(f"  {name}: ran {self.ran[name]}, skipped {self.skipped[name]}")
+        return "\n".join(lines)
+
+
+class Session:
+    """A request on a compiled model. Made by ``compiled.session(...)`` or :func:`skipc.session`.
+
+    Args:
+        model: the module whose calls it governs; None for a compiled function, whose calls it all governs.
+        skip: names of sites to leave out, in every call of the session.
+        kv: what skipped attentions write to their caches; None means as the model was compiled.
+        measure: also time each site and take similarities (slower; results are the same).
+
+    Raises:
+        UnknownSiteError: for a name that the model has no site of.
+        PlanError: at the first call, if ``kv`` would give wrong answers.
+        SessionError: on leaving, if a site to skip was never reached.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None,
+        skip: Iterable[str] = (),
+        kv: KVPolicy | None = None,
+        measure: bool = False,
+    ):
+        if isinstance(skip, str):
+            raise TypeError("skip is a collection of site names, not one string")
+        if kv not in (None, "project", "none"):
+            raise SessionError(f"kv is 'project' or 'none', not {kv!r}")
+        self.model = model
+        self.skip = frozenset(skip)
+        self.kv = kv
+        self.measuring = measure
+        self.parameters = _parameters(model)
+        self._counts: Counter[tuple[Program, Arms]] = Counter()
+        self._measured: list[Measurement] = []
+        self._compilations = 0
+        self._unreached = set(self.skip)
+        self._lock = threading.Lock()
+        known = known_sites(self.parameters)
+        if known:
+            self._check_names(known)
+
+    # -- in force -----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        with _lock:
+            if self in _open:
+                raise SessionError("this session is open already")
+            _open.append(self)
+            self._compilations = compilations(self.parameters)
+        _stack().append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        _stack().remove(self)
+        with _lock:
+            _open.remove(self)
+            self._compilations = compilations(self.parameters) - self._compilations
+        if kind is not None:
+            return
+        if not self._counts:
+            warnings.warn("this session saw no call of a compiled model: nothing was skipped", stacklevel=2)
+        elif self._unreached:
+            raise SessionError(f"never reached, so never skipped: {', '.join(sorted(self._unreached))}")
+
+    def bind(self, function: Callable[P, R]) -> Callable[P, R]:
+        """``function``, to be run in another thread under this session."""
+
+        def bound(*args: P.args, **kwargs: P.kwargs) -> R:
+            if self not in _open:
+                raise SessionError("the session that this function is bound to is closed")
+            _stack().append(self)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _stack().remove(self)
+
+        return bound
+
+    def governs(self, parameters: Sequence[int]) -> bool:
+        """True if a call on these parameters (by identity) is a call of this session's model."""
+        if self.model is None or self.parameters.issuperset(parameters):
+            return True
+        self.parameters = _parameters(self.model)  # weights may have been replaced since
+        return self.parameters.issuperset(parameters)
+
+    # -- calls ----------------------------------------------------------------------------------------------------------
+
+    def call(self, program: Program, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """Run ``program`` as this session asks."""
+        if program.partial and self.skip:
+            raise FallbackError(f"a session cannot skip in a model with graph breaks: {program.partial}")
+        if self._unreached:
+            self._check_names(program.site_names)
+            self._unreached -= program.site_names
+        arms = program.arms_for(self.skip, self.kv or program.default_kv)
+        with self._lock:
+            self._counts[program, arms] += 1
+        if not self.measuring:
+            return program.run(inputs, arms)
+        outputs, measured = program.measure(inputs, arms)
+        with self._lock:
+            self._measured += measured
+        return outputs
+
+    @property
+    def calls(self) -> int:
+        """How many compiled calls the session saw."""
+        return sum(self._counts.values())
+
+    def stats(self) -> SessionStats:
+        """Counts of what ran and what was skipped, by site."""
+        stats = SessionStats(calls=self.calls)
+        now = compilations(self.parameters) - self._compilations if self in _open else self._compilations
+        stats.recompiles = now
+        for (program, arms), count in self._counts.items():
+            skipped = program.skipped_by(arms)
+            for name in program.site_names:
+                (stats.skipped if name in skipped else stats.ran)[name] += count
+        totals: dict[str, list[Measurement]] = {}
+        for m in self._measured:
+            for name in m.sites:
+                totals.setdefault(name, []).append(m)
+        for name, found in totals.items():
+            stats.seconds[name] = sum(m.seconds for m in found) / len(found)
+            similar = [m.similarity for m in found if m.similarity is not None]
+            if similar:
+                stats.similarity[name] = sum(similar) / len(similar)
+        return stats
+
+    def _check_names(self, known: Iterable[str]) -> None:
+        """Refuse names that are neither sites nor modules. (A module may be a site of a graph that is not compiled yet:
+        encoder and decoder of one model are called apart.)"""
+        known = frozenset(known)
+        modules = dict(self.model.named_modules()) if self.model is not None else {}
+        for name in sorted(self.skip - known):
+            if name.split("#")[0] not in modules or not name:
+                raise UnknownSiteError(name, sorted(known))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which session is in force. One process-wide list, and one stack for each thread.
+
+_open: list[Session] = []
+_lock = threading.Lock()
+_local = threading.local()
+_programs: weakref.WeakKeyDictionary[Program, frozenset[int]] = weakref.WeakKeyDictionary()
+_compiled: Counter[frozenset[int]] = Counter()
+
+
+def _stack() -> list[Session]:
+    if not hasattr(_local, "stack"):
+        _local.stack = []
+    return _local.stack
+
+
+def any_open() -> bool:
+    """True if a session is open in any thread."""
+    return bool(_open)
+
+
+def session_for(parameters: Sequence[int]) -> Session | None:
+    """The innermost session of this thread for a model with these parameters.
+
+    Raises:
+        SessionThreadError: if only other threads have one.
+    """
+    for session in reversed(_stack()):
+        if session.governs(parameters):
+            return session
+    if any(s.model is not None and s.governs(parameters) for s in list(_open)):
+        raise SessionThreadError(
+            "this model has an open session in another thread; run the call through session.bind(function), or open a "
+            "session in this thread"
+        )
+    return None
+
+
+def refuse(parameters: Sequence[int], reason: str) -> None:
+    """Called before plain Inductor runs: raise if a session with something to skip is in force."""
+    session = session_for(parameters)
+    if session is not None:
+        raise FallbackError(f"the session cannot be honoured, this call runs plain Inductor: {reason}")
+
+
+def register(program: Program, parameters: Iterable[int]) -> None:
+    """Remember a new program and the parameters that it was compiled for."""
+    _programs[program] = frozenset(parameters)
+
+
+def note_compilation(parameters: Iterable[int]) -> None:
+    """Count one run of the compiler for a model."""
+    _compiled[frozenset(parameters)] += 1
+
+
+def compilations(parameters: frozenset[int]) -> int:
+    """How often graphs of a model were compiled."""
+    return sum(n for used, n in _compiled.items() if not parameters or used <= parameters)
+
+
+def known_sites(parameters: frozenset[int]) -> frozenset[str]:
+    """The sites of a model, as far as it is compiled."""
+    names = [p.site_names for p, used in _programs.items() if used and used <= parameters]
+    return frozenset().union(*names)
+
+
+def _parameters(model: torch.nn.Module | None) -> frozenset[int]:
+    if model is None:
+        return frozenset()
+    return frozenset(id(t) for t in (*model.parameters(), *model.buffers()))

@@ -1,0 +1,138 @@
+"""The ``torch.compile`` backend: what Dynamo calls with each graph that it captured."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx
+
+from skipc.ir.config import Config
+from skipc.ir.errors import ConfigError, NoResidualStreamError, SkipcError
+from skipc.passes.base import PassContext
+from skipc.passes.lowering.inductor import check_torch_version, compile_whole
+from skipc.passes.lowering.outline import Outline
+from skipc.passes.manager import PassManager, copy_graph
+from skipc.passes.ops import is_parameter_like, is_random, op_name, tensors
+from skipc.runtime import sessions
+from skipc.runtime.program import Fallback, Program
+
+log = logging.getLogger("skipc")
+
+
+class FallbackReason(StrEnum):
+    """Why a graph is compiled by plain Inductor instead."""
+
+    GRAD = "gradients are enabled: call the model under torch.no_grad() or torch.inference_mode()"
+    TRAINING = "the graph draws random numbers (dropout): call model.eval() first"
+    NO_STREAM = "no residual stream was found in the graph"
+    SUBCLASS = "the graph works on tensor subclasses (quantised or distributed weights)"
+    AUTOCAST = "the graph switches autocast on, off or between precisions"
+    FAILED = "skipc failed"
+
+
+def skipc(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend: ``torch.compile(model, backend="skipc", options={...})``, found by entry point.
+
+    Args:
+        gm: a graph from Dynamo; left as it is.
+        example_inputs: the real inputs of the call that is being compiled.
+        mode: an Inductor mode, from a lone ``torch.compile(mode=...)``.
+        options: fields of :class:`skipc.Config`.
+
+    Raises:
+        ConfigError: for an unknown option or value.
+    """
+    check_torch_version()
+    config = config_from(options, mode)
+    return compile_graph(gm, example_inputs, config)
+
+
+def config_from(options: Mapping[str, Any] | None, mode: str | None = None) -> Config:
+    """A config from what ``torch.compile`` passes on."""
+    given = dict(options or {})
+    if mode is not None:
+        given["mode"] = mode
+    return Config(**given)
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """A program for ``gm``, or plain Inductor with a logged reason."""
+    parameters = [i for i, n in enumerate(_placeholders(gm)) if is_parameter_like(n)]
+    identities = [id(example_inputs[i]) for i in parameters]
+    sessions.note_compilation(identities)
+    if config.preset == "off":
+        return compile_whole(gm, example_inputs, config)
+    reason: str | None = refusal(gm)
+    if reason is None:
+        try:
+            outline = build_outline(gm, config)[0]
+            functions = outline.compile(config)
+            program = Program(outline.spec, functions, config.kv, graph_break_of(gm))
+            sessions.register(program, identities)
+            return program
+        except NoResidualStreamError:
+            reason = FallbackReason.NO_STREAM
+        except ConfigError:
+            raise
+        except Exception as error:
+            if config.on_error == "raise":
+                raise
+            reason = f"{FallbackReason.FAILED} ({type(error).__name__}: {error})"
+            log.debug("skipc failed", exc_info=True)
+    elif config.on_error == "raise" and reason is not FallbackReason.GRAD:
+        raise SkipcError(reason)
+    log.warning("running plain Inductor: %s", reason)
+    return Fallback(compile_whole(copy_graph(gm), example_inputs, config), reason, parameters)
+
+
+def build_outline(gm: fx.GraphModule, config: Config) -> tuple[Outline, PassManager]:
+    """Run the passes over ``gm`` and outline the result, without compiling anything.
+
+    Raises:
+        NoResidualStreamError: if the graph has no site.
+    """
+    manager = PassManager(PassContext(config))
+    transformed = manager.run(gm)
+    streams = manager.ctx.streams
+    assert streams is not None
+    if not streams.junctions:
+        raise NoResidualStreamError(FallbackReason.NO_STREAM)
+    return Outline(transformed, streams), manager
+
+
+def refusal(gm: fx.GraphModule) -> FallbackReason | None:
+    """Why skipc will not touch ``gm``, if so."""
+    nodes = list(gm.graph.nodes)
+    made = [t for n in nodes for t in tensors(n)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in made):
+        return FallbackReason.GRAD
+    if any(is_random(n) for n in nodes):
+        return FallbackReason.TRAINING
+    plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, torch._subclasses.FakeTensor)
+    if any(type(t) not in plain for t in made if not torch._C._functorch.is_functorch_wrapped_tensor(t)):
+        return FallbackReason.SUBCLASS
+    enters = [n for n in nodes if op_name(n) == "_enter_autocast"]
+    ambient = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    if any(ambient or not (n.args[2:3] == (False,) or n.kwargs.get("enabled") is False) for n in enters):
+        return FallbackReason.AUTOCAST
+    return None
+
+
+def graph_break_of(gm: fx.GraphModule) -> str | None:
+    """Why ``gm`` ends before the model does, if it does."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return str(reason.reason) if reason is not None and reason.graph_break else None
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]

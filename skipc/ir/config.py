@@ -1,0 +1,86 @@
+"""The options of skipc: one frozen, validated object, built from ``options={...}`` or keyword arguments."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from skipc.ir.errors import ConfigError, nearest
+
+
+class Config(BaseModel):
+    """How skipc compiles a model. Equal configs are equal objects, so that they never cause a recompilation.
+
+    Raises:
+        ConfigError: for an unknown key (naming the nearest known one) or a value that is not allowed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    preset: Literal["exact", "off"] = Field(
+        "exact",
+        description="exact: sites are outlined and can be skipped by a session; without one every site runs. "
+        "off: plain Inductor.",
+    )
+    lowering: Literal["outline"] = Field(
+        "outline", description="How the graph becomes a program. outline: one compiled region per distinct sublayer."
+    )
+    kv: Literal["project", "none"] = Field(
+        "project",
+        description="What a skipped attention writes to its KV cache. project: its keys and values, as if it ran. "
+        "none: nothing (only where the cache is written in place).",
+    )
+    disable_passes: tuple[str, ...] = Field((), description="Names of passes not to run; see `skipc passes`.")
+    on_error: Literal["fallback", "raise"] = Field(
+        "fallback",
+        description="What a failure inside skipc does to a compilation. fallback: log it and use plain Inductor. "
+        "raise: raise it.",
+    )
+    mode: str | None = Field(None, description="An Inductor mode, as in torch.compile(mode=...).")
+    inductor: dict[str, Any] = Field(
+        default_factory=dict, description="Inductor options for every region, as in torch.compile(options=...)."
+    )
+
+    def __init__(self, **options: Any):
+        for key in options:
+            if key not in type(self).model_fields:
+                close = nearest(key, type(self).model_fields)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ConfigError(f"unknown option {key!r}{hint}; known: {', '.join(type(self).model_fields)}")
+        if isinstance(options.get("disable_passes"), list | set | frozenset):
+            options["disable_passes"] = tuple(sorted(options["disable_passes"]))
+        if options.get("preset") in ("balanced", "fast"):
+            raise ConfigError(
+                f"preset {options['preset']!r} needs a calibration profile, which this release cannot make yet; "
+                "use preset 'exact' and choose the sites of a session with skip={...}"
+            )
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"option {field!r}: {first['msg']} (got {first['input']!r})") from None
+
+    def __hash__(self) -> int:
+        return hash(self.cache_key())
+
+    def cache_key(self) -> str:
+        """A digest of every field."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def list_options() -> dict[str, str]:
+    """Every option with its type, default and meaning, in order."""
+    return {
+        name: f"{_type_name(field.annotation)} = {field.get_default(call_default_factory=True)!r}. {field.description}"
+        for name, field in Config.model_fields.items()
+    }
+
+
+def _type_name(annotation: Any) -> str:
+    if getattr(annotation, "__origin__", None) is Literal:
+        return " | ".join(map(repr, annotation.__args__))
+    return getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation)  # type: ignore[return-value]

@@ -1,0 +1,73 @@
+"""What a compiled program is, as plain data: steps in order, each with one arm for every way to run it.
+
+The outline lowering makes a :class:`ProgramSpec`; the runtime binds it to compiled regions. Both meet only here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from skipc.ir.site import Site
+
+KVPolicy = Literal["project", "none"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run a step: with the sites of ``skipped`` left out."""
+
+    skipped: frozenset[str] = frozenset()
+    kv: KVPolicy = "project"
+    region: int | None = None  # region to call; None if there is nothing to run
+    inputs: tuple[str, ...] = ()  # variables passed to the region
+    outputs: tuple[str, ...] = ()  # variables that receive its results
+    copies: tuple[tuple[str, str], ...] = ()  # (variable, the variable whose value it takes)
+    refused: str | None = None  # why this arm would be wrong, if so
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stretch of the program between two points of the residual stream."""
+
+    label: str
+    sites: tuple[str, ...]
+    arms: tuple[Arm, ...]  # the first runs everything
+    releases: tuple[str, ...] = ()  # variables that nobody reads after this step
+
+    def arm_for(self, skipped: frozenset[str], kv: KVPolicy) -> int:
+        """Index of the arm that leaves out the sites of this step that are in ``skipped``."""
+        here = skipped.intersection(self.sites)
+        fits = [i for i, arm in enumerate(self.arms) if arm.skipped == here]
+        return next((i for i in fits if self.arms[i].kv == kv), fits[0])
+
+
+@dataclass(frozen=True)
+class RegionInfo:
+    """A distinct compiled region, for reports."""
+
+    name: str
+    nodes: int
+    calls: int  # places that call it
+    compiled: bool  # False: so little work that it runs as it is, without Inductor
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """Everything about a program but its compiled regions."""
+
+    inputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[Any, ...]  # variable names (as Var) or constants
+    sites: tuple[Site, ...]
+    parameters: tuple[int, ...]  # positions of the model's parameters among the inputs
+    stream_points: frozenset[str] = frozenset()  # variables that a skip may make the same tensor
+    regions: tuple[RegionInfo, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Var:
+    """A reference to a variable of the program, as opposed to a constant."""
+
+    name: str
