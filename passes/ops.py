@@ -152,11 +152,16 @@ def _writes_inside(node: fx.Node) -> bool:
     return False
 
 
+_ARITHMETIC = frozenset(
+    "add sub mul div true_divide neg relu silu gelu tanh sigmoid clamp masked_fill addcmul addmm".split()
+)
+
+
 def out_of_place(node: fx.Node) -> tuple[str, Any] | None:
-    """The op and target of the out-of-place twin of an in-place operation, or None if it has none."""
+    """The op and target of the out-of-place twin of in-place arithmetic; None for other writes (caches stay in place)."""
     if node.op == "call_method":
         base = str(node.target)[:-1]
-        return ("call_method", base) if hasattr(torch.Tensor, base) and base not in ("copy", "fill", "zero") else None
+        return ("call_method", base) if base in _ARITHMETIC else None
     target: Any = node.target
     if target in _IN_PLACE_OPERATORS:
         return "call_function", _IN_PLACE_OPERATORS[target]

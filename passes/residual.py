@@ -102,7 +102,8 @@ class StreamFinder:
         """For each ancestor of ``output``, the next node that all its paths to ``output`` go through."""
         members = set(self._members(self.flow.ancestors(output))) | {output}
         edges = [(n, s) for n in members for s in self.flow.sources[n]]
-        return nx.immediate_dominators(nx.DiGraph(edges), output) if edges else {}
+        post = dict(nx.immediate_dominators(nx.DiGraph(edges), output)) if edges else {}
+        return {**post, output: output}  # networkx releases differ in what they say of the root
 
     def _roots(self, post: dict[fx.Node, fx.Node]) -> list[fx.Node]:
         """Additions of floating values that are not themselves a term of a larger sum of the same shape."""

@@ -203,6 +203,11 @@ def any_open() -> bool:
     return bool(_open)
 
 
+def innermost(model: torch.nn.Module) -> Session | None:
+    """The session of this thread that governs calls of ``model``."""
+    return next((s for s in reversed(_stack()) if s.model is None or s.model is model), None) if _open else None
+
+
 def session_for(parameters: Sequence[int]) -> Session | None:
     """The innermost session of this thread for a model with these parameters.
 

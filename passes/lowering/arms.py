@@ -74,6 +74,16 @@ class ArmBuilder:
             and any(self.flow.depends(t.value, n) for t in skipped)
         ]
 
+    def kept(self, slot: Slot, skipped: list[Term]) -> list[fx.Node]:
+        """Values of the skipped sites themselves that others use: keys and values of a growing cache."""
+        assert slot.entry is not None
+        return [
+            e
+            for e in self.escapes(slot)
+            if self.flow.depends(e, slot.entry)
+            and any(e in t.branch or self.flow.depends(t.value, e) for t in skipped)
+        ]
+
     # -- one arm --------------------------------------------------------------------------------------------------------
 
     def build(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> ArmGraph:
@@ -90,10 +100,12 @@ class ArmBuilder:
 
     def refusal(self, slot: Slot, skipped: list[Term]) -> str | None:
         """Why kv="none" would be wrong for ``skipped``, if it would."""
-        if any(self._written_for_others(n) for n in self.droppable(slot, skipped)):
-            return "other layers read the cache that it would leave unwritten"
-        for escape in self.escapes(slot):
-            if any(escape in t.branch or self.flow.depends(t.value, escape) for t in skipped):
+        output = self.flow.nodes[-1]
+        for write in self.droppable(slot, skipped):
+            if any(self._outside(u, write) and u is not output for u in self.flow.users[write]):
+                return "other layers read the cache that it would leave unwritten"
+        for escape in self.kept(slot, skipped):
+            if escape not in self.flow.writes:
                 return "the caller or another layer keeps its keys and values"
         return None
 

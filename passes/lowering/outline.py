@@ -146,13 +146,7 @@ class Outline:
             for term in slot.junction.terms if slot.junction else ():
                 private = self._private(slot, term.name)
                 writes = self.builder.droppable(slot, [term])
-                kept = self.builder.effects(slot)
-                returned = [
-                    e
-                    for e in self.builder.escapes(slot)
-                    if (e in term.branch or self.flow.depends(term.value, e)) and slot.entry is not None
-                    and self.flow.depends(e, slot.entry)
-                ]
+                returned = self.builder.kept(slot, [term])
                 slice_size = len(self.builder._slice([*writes, *returned], set(slot.nodes), {}, lambda n: n))
                 sites.append(
                     Site(
@@ -162,7 +156,7 @@ class Outline:
                         stream=slot.junction.stream,  # type: ignore[union-attr]
                         nodes=private,
                         effect_nodes=slice_size,
-                        effects=tuple(_written_names(w) for w in writes if w in kept),
+                        effects=tuple(map(_written_name, writes)),
                         returned=len(returned),
                     )
                 )
@@ -226,11 +220,10 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def _written_names(write: fx.Node) -> str:
+def _written_name(write: fx.Node) -> str:
     target = write.args[0]
-    source = getattr(getattr(target, "_dynamo_source", None), "name", None)
-    name = source or getattr(target, "name", str(target))
-    return re.sub(r"L\['(?:kwargs|args|self)'\]\.?", "", name)
+    source = getattr(getattr(target, "_dynamo_source", None), "name", None) or getattr(target, "name", str(target))
+    return re.sub(r"^\['([^']*)'\]", r"\1", re.sub(r"^L\['(?:kwargs|args|self)'\]\.?", "", source))
 
 
 def _variable_names(graph: fx.Graph, partition: Partition) -> dict[fx.Node, str]:

@@ -1,0 +1,64 @@
+"""skipc: a torch.compile backend that lets transformer inference skip sublayers, and says what it skipped.
+
+Importing this package is cheap: everything is loaded at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipc.explanation import Explanation, explain, find_sites
+    from skipc.ir.config import Config, list_options
+    from skipc.ir.errors import (
+        AlreadyCompiledError,
+        ConfigError,
+        FallbackError,
+        ModelEditedError,
+        NoResidualStreamError,
+        PassError,
+        PlanError,
+        SessionError,
+        SessionThreadError,
+        SkipcError,
+        UnknownSiteError,
+        VersionError,
+    )
+    from skipc.ir.site import Reason, Rejection, Site, SiteKind, SiteReport
+    from skipc.model import CompiledModel, compile, session
+    from skipc.runtime.sessions import Session, SessionStats
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "skipc.explanation": ["Explanation", "explain", "find_sites"],
+    "skipc.ir.config": ["Config", "list_options"],
+    "skipc.ir.errors": [
+        "AlreadyCompiledError", "ConfigError", "FallbackError", "ModelEditedError", "NoResidualStreamError", "PassError",
+        "PlanError", "SessionError", "SessionThreadError", "SkipcError", "UnknownSiteError", "VersionError",
+    ],
+    "skipc.ir.site": ["Reason", "Rejection", "Site", "SiteKind", "SiteReport"],
+    "skipc.model": ["CompiledModel", "compile", "session"],
+    "skipc.runtime.sessions": ["Session", "SessionStats"],
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "AlreadyCompiledError", "CompiledModel", "Config", "ConfigError", "Explanation", "FallbackError",
+    "ModelEditedError", "NoResidualStreamError", "PassError", "PlanError", "Reason", "Rejection", "Session",
+    "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipcError",
+    "UnknownSiteError", "VersionError", "compile", "explain", "find_sites", "list_options", "session",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'skipc' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,173 @@
+"""``skipc.compile``: a compiled model with a handle for sessions and generation."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from skipc.backend import skipc as backend
+from skipc.ir.config import Config
+from skipc.ir.errors import AlreadyCompiledError, ConfigError, FallbackError, ModelEditedError
+from skipc.ir.program import KVPolicy
+from skipc.runtime import sessions
+from skipc.runtime.sessions import Session
+
+log = logging.getLogger("skipc")
+
+
+class CompiledModel:
+    """A model compiled by skipc. Call it like the model; the model itself stays as it was.
+
+    One compilation serves prompts of any length: the token axis of the inputs, and the length of growing caches, are
+    marked dynamic before each call that is longer than one token.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: Config, **compile_options: Any):
+        self.model = model
+        self.config = config
+        self._compile_options = compile_options
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Forget what was compiled; the next call compiles anew. Needed after hooks were added or taken away."""
+        options = self.config.model_dump()
+        # `isolate_recompiles`: every handle has compilations of its own, so that two models of one class, or one model
+        # under two configs, never spend each other's recompile limit.
+        self._function = torch.compile(
+            self.model, backend=backend, options=options, isolate_recompiles=True, **self._compile_options
+        )
+        self._modules = list(self.model.named_modules())
+        self._hooks = self._hook_state()
+        self._generator: torch.nn.Module | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_hooks()
+        if self._compile_options.get("dynamic") is None:
+            _mark_dynamic(args, kwargs)
+        session = sessions.innermost(self.model)
+        before = session.calls if session is not None else 0
+        result = self._function(*args, **kwargs)
+        if session is not None and session.calls == before:
+            raise FallbackError("the session cannot be honoured: the call ran without any compiled program")
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("model", "config"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def session(
+        self,
+        *,
+        skip: Iterable[str] = (),
+        kv: KVPolicy | None = None,
+        measure: bool = False,
+    ) -> Session:
+        """Open a session; see :class:`skipc.Session`. Use it in a ``with`` statement."""
+        return Session(self.model, skip=skip, kv=kv, measure=measure)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own ``generate`` (Hugging Face), with prefill and decode compiled."""
+        if not hasattr(self.model, "generate"):
+            raise TypeError(f"{type(self.model).__name__} has no generate method")
+        if self._generator is None:
+            self._generator = self._make_generator()
+        return self._generator.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _make_generator(self) -> torch.nn.Module:
+        """A shallow twin of the model, sharing all its weights, whose forward is this compiled model. The twin runs no
+        hooks of its own: the model does, inside."""
+        twin = copy.copy(self.model)
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+                     "_forward_pre_hooks_with_kwargs"):  # fmt: skip
+            twin.__dict__[name] = OrderedDict()
+        twin.__dict__["forward"] = self._forward_like(self.model)
+        return twin
+
+    def _forward_like(self, model: torch.nn.Module) -> Any:
+        """``self`` as a function with the signature of the model's forward, which ``generate`` inspects."""
+        @functools.wraps(model.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        return forward
+
+    def _hook_state(self) -> tuple[int, ...]:
+        return tuple(
+            len(m._forward_hooks) + len(m._forward_pre_hooks)
+            for _, m in self._modules
+        )
+
+    def _check_hooks(self) -> None:
+        """Dynamo does not guard on hooks (``torch._dynamo.config.skip_nnmodule_hook_guards``), so skipc looks itself."""
+        state = self._hook_state()
+        if state != self._hooks:
+            names = [n or "the model" for (n, _), a, b in zip(self._modules, state, self._hooks, strict=True) if a != b]
+            raise ModelEditedError(
+                f"forward hooks of {', '.join(names[:3])} changed after compilation, which compiled code cannot see; "
+                "call compiled.refresh() to compile again"
+            )
+
+
+def compile(model: torch.nn.Module, config: Config | None = None, **options: Any) -> CompiledModel:
+    """Compile ``model`` and return a handle: callable like the model, with sessions and ``generate``.
+
+    Args:
+        model: a module in evaluation mode. It is not changed.
+        config: all options in one object, or
+        **options: fields of :class:`skipc.Config`; ``dynamic`` and ``fullgraph`` are passed to ``torch.compile``.
+
+    Raises:
+        ConfigError: for an unknown option.
+        AlreadyCompiledError: if ``model`` is compiled already.
+    """
+    if isinstance(model, CompiledModel | torch._dynamo.eval_frame.OptimizedModule):
+        raise AlreadyCompiledError("the model is compiled already; give skipc.compile the original module")
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"skipc.compile takes a torch.nn.Module, not {type(model).__name__}")
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise AlreadyCompiledError("model.compile() was called on this module already; compile a fresh one")
+    compile_options = {k: options.pop(k) for k in ("dynamic", "fullgraph") if k in options}
+    if config is not None and options:
+        raise ConfigError("give either a Config or options, not both")
+    return CompiledModel(model, config or Config(**options), **compile_options)
+
+
+def session(
+    function: Any, *, skip: Iterable[str] = (), kv: KVPolicy | None = None, measure: bool = False
+) -> Session:
+    """A session on what ``torch.compile(..., backend="skipc")`` returned, or on a module after ``m.compile(...)``.
+
+    On a compiled plain function the session governs every compiled call of this thread.
+    """
+    if isinstance(function, CompiledModel):
+        return function.session(skip=skip, kv=kv, measure=measure)
+    model = getattr(function, "_orig_mod", function)
+    if not isinstance(model, torch.nn.Module):
+        model = getattr(function, "__self__", None)
+    return Session(model if isinstance(model, torch.nn.Module) else None, skip=skip, kv=kv, measure=measure)
+
+
+def _mark_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Mark the token axis of a multi-token call: every input dimension, behind the batch, of the length of the first
+    integer input's second dimension; the mask's own length; and the length of growing caches."""
+    values = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+    tokens = {v.shape[1] for v in values if v.dim() == 2 and not v.is_floating_point() and v.shape[1] > 1}
+    tokens |= {v.shape[1] for v in values if v.dim() == 3 and v.is_floating_point() and v.shape[1] > 1}
+    for value in values:
+        for dim in range(1, value.dim()):
+            if value.shape[dim] in tokens:
+                torch._dynamo.maybe_mark_dynamic(value, dim)
+    for cache in kwargs.values():
+        if getattr(cache, "is_compileable", True):
+            continue
+        for layer in getattr(cache, "layers", ()):
+            for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                if isinstance(part, torch.Tensor) and part.dim() == 4 and part.shape[2] > 1:
+                    torch._dynamo.maybe_mark_dynamic(part, 2)
