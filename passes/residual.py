@@ -137,7 +137,7 @@ class StreamFinder:
                 if not terms:
                     self._reject(add, Reason.NO_HEAVY_OP)
                     return None
-                reason = self._shape_reason(add, shortcut, operands)
+                reason = self._shape_reason(add, shortcut)
                 if reason is not None:
                     self._reject(add, reason)
                     return None
@@ -200,10 +200,10 @@ class StreamFinder:
     def _flatten_all(self, add: fx.Node, adds: list[fx.Node]) -> list[fx.Node]:
         return [t for arg in add.all_input_nodes for t in (self._flatten_all(arg, adds) if arg in adds else [arg])]
 
-    def _shape_reason(self, add: fx.Node, shortcut: fx.Node, operands: list[fx.Node]) -> Reason | None:
+    def _shape_reason(self, add: fx.Node, shortcut: fx.Node) -> Reason | None:
         if _has_alpha(add):
             return Reason.SCALED_ADD
-        if not all(_same_shape(add, t) for t in (shortcut, *operands)):
+        if not _same_shape(add, shortcut):  # a branch that broadcasts is fine: without it, the shape stays
             return Reason.SHAPE_CHANGES
         out, stays = tensor(add), tensor(shortcut)
         assert out is not None

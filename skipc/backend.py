@@ -81,6 +81,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
             sessions.register(program, identities)
             return program
         except NoResidualStreamError:
+            if config.on_error == "raise":
+                raise
             reason = FallbackReason.NO_STREAM
         except ConfigError:
             raise

@@ -1,0 +1,139 @@
+"""Helpers that all tests share: fp64 truth, eager skipping by hooks, and the contract that every pass is held to."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from skipc.passes.base import Pass, PassContext, PassResult
+from skipc.passes.manager import PassManager, copy_graph, signature
+from skipc.passes.ops import op_name
+
+STRICT = {"on_error": "raise"}
+
+
+def floats(output: Any) -> list[torch.Tensor]:
+    """All floating tensors in a model's output."""
+    if hasattr(output, "to_tuple"):
+        output = output.to_tuple()
+    return [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def in_double(module: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The module and its inputs in fp64."""
+    double = copy.deepcopy(module).double()
+    if hasattr(double, "set_experts_implementation"):
+        double.set_experts_implementation("eager")  # torch's grouped matrix product has no fp64 kernel
+    cast = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    return double, cast
+
+
+def assert_no_further(truth: Any, eager: Any, ours: Any, factor: float = 2.0) -> None:
+    """``ours`` is at most ``factor`` times as far from the fp64 ``truth`` as ``eager`` is. Where eager is exact by
+    luck (few elements), one rounding of the largest value is allowed."""
+    truths, eagers, mine = floats(truth), floats(eager), floats(ours)
+    assert len(truths) == len(eagers) == len(mine)
+    for t, e, o in zip(truths, eagers, mine, strict=True):
+        assert o.shape == e.shape
+        assert o.dtype == e.dtype
+        slack = torch.finfo(e.dtype).eps * max(1.0, t.abs().max().item() if t.numel() else 1.0) * 4
+        allowed = factor * distance(e, t) + slack
+        assert distance(o, t) <= allowed, f"{distance(o, t):.2e} from fp64, eager {distance(e, t):.2e}"
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference; infinite if NaNs or infinities do not agree."""
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf")).max().item() if a.numel() else 0.0
+
+
+def _zeroed(module: torch.nn.Module, args: Any, output: Any) -> Any:
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+
+@contextlib.contextmanager
+def eager_skip(model: torch.nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Zero the outputs of the named modules while the block runs: what skipping means, in eager.
+
+    ``a#2`` stands for the second run of module ``a`` in a call.
+    """
+    wanted: dict[str, set[int]] = {}
+    for name in names:
+        module, _, run = name.partition("#")
+        wanted.setdefault(module, set()).add(int(run or 1))
+    runs: Counter[str] = Counter()
+
+    def hook(name: str) -> Callable[..., Any]:
+        def zero(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            runs[name] += 1
+            return _zeroed(module, args, output) if runs[name] in wanted[name] else output
+
+        return zero
+
+    handles = [model.get_submodule(n).register_forward_hook(hook(n)) for n in wanted]
+    handles.append(model.register_forward_pre_hook(lambda *_: runs.clear()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Passes
+
+
+def capture(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:
+    """The graph that Dynamo hands to a backend, and its real inputs."""
+    caught: list[Any] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        caught[:] = [copy_graph(gm), list(inputs)]
+        return gm.forward
+
+    torch.compile(model, backend=backend, fullgraph=True, isolate_recompiles=True)(*args, **kwargs)
+    return caught[0], caught[1]
+
+
+def ops(gm: fx.GraphModule) -> Counter[str]:
+    """How often each operation occurs."""
+    return Counter(op_name(n) for n in gm.graph.nodes if n.op in ("call_function", "call_method"))
+
+
+def check_pass(
+    kind: type[Pass],
+    model: Callable[..., Any],
+    *args: Any,
+    matches: int,
+    gone: Iterable[str] = (),
+    there: Iterable[str] = (),
+) -> fx.GraphModule:
+    """Hold a pass to its contract on one model: numerics equal to eager, the expected number of matches, operations
+    that must be gone or there, inputs and outputs as they were, and nothing left to do for a second run."""
+    gm, inputs = capture(model, *args)
+    before = signature(gm.graph)
+    text = gm.code
+    manager = PassManager(PassContext(), (kind,))
+    result = manager.run(gm)
+    assert gm.code == text, "the pass edited Dynamo's own graph"
+    assert manager.records[0].matched == matches
+    assert signature(result.graph) == before
+    assert not set(gone) & set(ops(result)), f"left over: {set(gone) & set(ops(result))}"
+    assert set(there) <= set(ops(result)), f"missing: {set(there) - set(ops(result))}"
+    ours, theirs = copy.deepcopy(inputs), copy.deepcopy(inputs)
+    expected, found = gm(*theirs), result(*ours)
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True):
+        torch.testing.assert_close(b, a)
+    for a, b in zip(theirs, ours, strict=True):  # writes to inputs
+        torch.testing.assert_close(b, a)
+    again: PassResult = kind().run(result, PassContext())
+    assert not again.changed, "a second run still changes the graph"
+    return result
