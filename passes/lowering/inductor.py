@@ -87,8 +87,9 @@ def compile_region(gm: fx.GraphModule, config: Config) -> Compiled:
     context = TracingContext(mode)
     with tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
         compiled = compile_fx(gm, values, inner_compile=keep_inner, config_patches=config_patches(config))
-    if len(inner) == 1 and _wrapper_does_nothing(context.fw_metadata, values):
-        return _direct(inner[0], context.fw_metadata)
+    function = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None
+    if function is not None and _wrapper_does_nothing(context.fw_metadata, values):
+        return _direct(function, context.fw_metadata)
     # The host program already runs with Dynamo off, so the guard that compile_fx puts around its result is taken off.
     # (That result takes its inputs unpacked, although it inherits a `_boxed_call` mark from what it wraps.)
     if getattr(compiled, "_torchdynamo_disable", False):
@@ -115,10 +116,9 @@ def _wrapper_does_nothing(meta: Any, values: Sequence[Any]) -> bool:
     return all(storages.count(s) == 1 for s in written)
 
 
-def _direct(inner: Any, meta: Any) -> Compiled:
+def _direct(function: Compiled, meta: Any) -> Compiled:
     """The inner function alone, noting writes to inputs as the wrapper would."""
     written = [i for i, info in enumerate(meta.input_info) if info.mutates_data]
-    function = inner.current_callable
     if not written:
         return function
 

@@ -1,0 +1,140 @@
+"""Decode and prefill with static and growing caches, one row and four with left padding, skipping and not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import skipc
+from tests.harness import STRICT, assert_no_further, eager_skip, in_double
+from tests.models.zoo import ZOO
+
+STEPS = 4
+
+
+def request(model: Any, call: Any, cache: str, batch: int) -> torch.Tensor:
+    """Logits of a prefill and of some decode steps, given tokens: float [batch, 1 + STEPS, vocabulary]."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(3, 90, (batch, 6 + STEPS), generator=generator)
+    mask = torch.ones(batch, 6, dtype=torch.long)
+    if batch > 1:
+        mask[0, :3] = 0
+        mask[1, :1] = 0
+    kv = StaticCache(config=model.config, max_cache_len=16) if cache == "static" else DynamicCache(config=model.config)
+    logits = call(input_ids=tokens[:, :6], attention_mask=mask, past_key_values=kv).logits[:, -1:]
+    seen = [logits]
+    for step in range(STEPS):
+        mask = torch.cat([mask, torch.ones(batch, 1, dtype=torch.long)], 1)
+        token = tokens[:, 6 + step : 7 + step]
+        seen.append(call(input_ids=token, attention_mask=mask, past_key_values=kv).logits)
+    return torch.cat(seen, 1)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "falcon"])
+def models(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
+    model = ZOO[request.param].build()
+    return model, in_double(model, {})[0], skipc.compile(model, fullgraph=True, **STRICT)
+
+
+def skip_sets(names: list[str], kinds: dict[str, str]) -> dict[str, set[str]]:
+    return {
+        "nothing": set(),
+        "layer 0": {n for n in names if ".0." in n},
+        "last layer": {n for n in names if ".1." in n},
+        "all attentions": {n for n in names if kinds[n] == "attention"},
+        "all sites": set(names),
+    }
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_prefill_and_decode(models: tuple[Any, Any, Any], cache: str, batch: int) -> None:
+    model, double, compiled = models
+    request(model, compiled, cache, batch)  # compiles
+    sites = skipc.find_sites(model, torch.randint(3, 90, (1, 5)), use_cache=False)
+    for label, skip in skip_sets(sites.names, {s.name: s.kind for s in sites}).items():
+        with eager_skip(double, skip):
+            truth = request(double, double, cache, batch)
+        with eager_skip(model, skip):
+            eager = request(model, model, cache, batch)
+        with compiled.session(skip=skip) as session:
+            ours = request(model, compiled, cache, batch)
+            assert session.stats().recompiles == 0, label
+        assert_no_further(truth, eager, ours)
+
+
+def test_kv_none_leaves_the_cache_alone() -> None:
+    """With a set that is fixed for the request, dropped keys are never read: same logits, nothing written."""
+    model = ZOO["llama"].build()
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    skip = {"model.layers.0.self_attn"}
+    caches = {}
+    logits = {}
+    for kv in ("project", "none"):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with compiled.session(skip=skip, kv=kv):
+            compiled(torch.arange(3, 9)[None], past_key_values=cache)
+            logits[kv] = compiled(torch.tensor([[9]]), past_key_values=cache).logits
+        caches[kv] = cache
+    torch.testing.assert_close(logits["none"], logits["project"], rtol=0, atol=0)
+    assert caches["project"].layers[0].keys[:, :, :7].abs().sum() > 0
+    assert caches["none"].layers[0].keys.abs().sum() == 0
+    assert int(caches["none"].layers[0].cumulative_length) == 7  # counters are kept
+
+
+def test_kv_none_is_refused_where_the_caller_keeps_keys() -> None:
+    model = ZOO["llama"].build()
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    with (
+        pytest.raises(skipc.PlanError, match="keeps its keys"),
+        compiled.session(skip={"model.layers.0.self_attn"}, kv="none"),
+    ):
+        compiled(torch.arange(3, 9)[None], past_key_values=DynamicCache(config=model.config))
+
+
+def test_one_compilation_serves_all_prompt_lengths() -> None:
+    model = ZOO["llama"].build()
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    with compiled.session() as session:
+        for length in (5, 9, 3, 12, 7):
+            tokens = torch.randint(3, 90, (1, length))
+            torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+        assert session.stats().recompiles == 1
+
+
+def test_hidden_states_of_skipped_sites_are_tensors_of_their_own() -> None:
+    model = ZOO["llama"].build()
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    tokens = torch.randint(3, 90, (1, 6))
+    names = skipc.find_sites(model, tokens, use_cache=False).names
+    with compiled.session(skip=names):
+        hidden = compiled(tokens, use_cache=False, output_hidden_states=True).hidden_states
+    with eager_skip(model, names):
+        expected = model(tokens, use_cache=False, output_hidden_states=True).hidden_states
+    for a, b in zip(hidden, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert len({t.data_ptr() for t in hidden}) == len(hidden)
+
+
+def test_skipping_inputs_embeds_returns_no_alias_of_it() -> None:
+    class Stack(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    model = Stack().eval()
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    x = torch.randn(2, 3, 16)
+    with compiled.session(skip=["layers.0", "layers.1", "layers.2"]):
+        y = compiled(x)
+    torch.testing.assert_close(y, x)
+    y.add_(1)
+    assert not torch.equal(x, y)
