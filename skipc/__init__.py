@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         AlreadyCompiledError,
         ConfigError,
         FallbackError,
-        ModelEditedError,
         NoResidualStreamError,
         PassError,
         PlanError,
@@ -35,7 +34,7 @@ _HOME = {
     "skipc.explanation": ["Explanation", "explain", "find_sites"],
     "skipc.ir.config": ["Config", "list_options"],
     "skipc.ir.errors": [
-        "AlreadyCompiledError", "ConfigError", "FallbackError", "ModelEditedError", "NoResidualStreamError", "PassError",
+        "AlreadyCompiledError", "ConfigError", "FallbackError", "NoResidualStreamError", "PassError",
         "PlanError", "SessionError", "SessionThreadError", "SkipcError", "UnknownSiteError", "VersionError",
     ],
     "skipc.ir.site": ["Reason", "Rejection", "Site", "SiteKind", "SiteReport"],
@@ -46,7 +45,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AlreadyCompiledError", "CompiledModel", "Config", "ConfigError", "Explanation", "FallbackError",
-    "ModelEditedError", "NoResidualStreamError", "PassError", "PlanError", "Reason", "Rejection", "Session",
+    "NoResidualStreamError", "PassError", "PlanError", "Reason", "Rejection", "Session",
     "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipcError",
     "UnknownSiteError", "VersionError", "compile", "explain", "find_sites", "list_options", "session",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 
 from skipc.backend import skipc as backend
 from skipc.ir.config import Config
-from skipc.ir.errors import AlreadyCompiledError, ConfigError, FallbackError, ModelEditedError
+from skipc.ir.errors import AlreadyCompiledError, ConfigError, FallbackError
 from skipc.ir.program import KVPolicy
 from skipc.runtime import sessions
 from skipc.runtime.sessions import Session
@@ -35,12 +35,18 @@ class CompiledModel:
         self.refresh()
 
     def refresh(self) -> None:
-        """Forget what was compiled; the next call compiles anew. Needed after hooks were added or taken away."""
+        """Forget what was compiled; the next call compiles anew. Needed after edits that nothing can see, such as new code
+        for a method; replaced or edited weights, changed submodules and forward hooks are noticed."""
         options = self.config.model_dump()
         # `isolate_recompiles`: every handle has compilations of its own, so that two models of one class, or one model
         # under two configs, never spend each other's recompile limit.
         self._function = torch.compile(
-            self.model, backend=backend, options=options, isolate_recompiles=True, **self._compile_options
+            self.model,
+            backend=backend,
+            options=options,
+            isolate_recompiles=True,
+            recompile_limit=64,  # beyond it Dynamo runs eager in silence; batch sizes and cache types add up
+            **self._compile_options,
         )
         self._modules = list(self.model.named_modules())
         self._hooks = self._hook_state()
@@ -99,20 +105,15 @@ class CompiledModel:
         return forward
 
     def _hook_state(self) -> tuple[int, ...]:
-        return tuple(
-            len(m._forward_hooks) + len(m._forward_pre_hooks)
-            for _, m in self._modules
-        )
+        return tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for _, m in self._modules)
 
     def _check_hooks(self) -> None:
         """Dynamo does not guard on hooks (``torch._dynamo.config.skip_nnmodule_hook_guards``), so skipc looks itself."""
         state = self._hook_state()
         if state != self._hooks:
             names = [n or "the model" for (n, _), a, b in zip(self._modules, state, self._hooks, strict=True) if a != b]
-            raise ModelEditedError(
-                f"forward hooks of {', '.join(names[:3])} changed after compilation, which compiled code cannot see; "
-                "call compiled.refresh() to compile again"
-            )
+            log.warning("compiling again: forward hooks changed on %s", ", ".join(names[:3]))
+            self.refresh()
 
 
 def compile(model: torch.nn.Module, config: Config | None = None, **options: Any) -> CompiledModel:

@@ -9,6 +9,7 @@ from itertools import combinations
 import sympy
 import torch
 from torch import fx
+from torch._prims_common import is_contiguous_or_false
 
 from skipc.ir.program import KVPolicy
 from skipc.passes.fx_edit import infer
@@ -172,11 +173,25 @@ class ArmBuilder:
                 copies.append((escape, value))
             else:
                 outputs.append(escape)
-                results.append(_fresh(graph, lift(value), escape) if escape in fresh else copied[value])
+                result = _fresh(graph, lift(value), escape) if escape in fresh else copied[value]
+                results.append(self._kept_layout(graph, result, escape))
         if not body and not results:
             return ArmGraph(names, kv, None, [], [], copies, refused)
         graph.output(tuple(results))
         return ArmGraph(names, kv, graph, inputs, outputs, copies, refused)
+
+    def _kept_layout(self, graph: fx.Graph, result: fx.Node, escape: fx.Node) -> fx.Node:
+        """``result``, contiguous if Dynamo saw it so. AOTAutograd's decompositions may change strides (``cat`` with an
+        empty tensor becomes a copy that keeps them), and the regions that read the value are compiled for Dynamo's. It
+        costs nothing where they agree."""
+        value = tensor(escape)
+        read_by_slots = any(u in self.partition.place and self._outside(u, escape) for u in escape.users)
+        shared = self.flow.storages[escape] & (self.flow.input_storages | self.flow.written)
+        if value is None or not read_by_slots or shared or not is_contiguous_or_false(value):
+            return result
+        made = graph.call_method("contiguous", (result,))
+        made.meta = dict(escape.meta)
+        return made
 
     def _inputs(
         self,

@@ -1,0 +1,1 @@
+"""Measuring a model: quality, and what each site costs and changes."""

@@ -54,10 +54,6 @@ class AlreadyCompiledError(SkipcError, TypeError):
     """The module given to :func:`skipc.compile` is compiled already."""
 
 
-class ModelEditedError(SkipcError, RuntimeError):
-    """The model changed after compilation in a way that the compiled program cannot see."""
-
-
 class NoResidualStreamError(SkipcError, ValueError):
     """No residual stream was found in the traced graph."""
 

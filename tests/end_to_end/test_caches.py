@@ -107,8 +107,9 @@ def test_one_compilation_serves_all_prompt_lengths() -> None:
 
 def test_hidden_states_of_skipped_sites_are_tensors_of_their_own() -> None:
     model = ZOO["llama"].build()
-    compiled = skipc.compile(model, fullgraph=True, **STRICT)
     tokens = torch.randint(3, 90, (1, 6))
+    model(tokens, output_hidden_states=True)  # transformers installs its recording hooks at first use, under a lock
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
     names = skipc.find_sites(model, tokens, use_cache=False).names
     with compiled.session(skip=names):
         hidden = compiled(tokens, use_cache=False, output_hidden_states=True).hidden_states

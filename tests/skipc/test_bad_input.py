@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 
 import pytest
 import torch
@@ -178,22 +177,16 @@ def test_nested_sessions_use_the_innermost(model: nn.Module) -> None:
     tokens = ids()
     with eager_skip(model, {"blocks.0.mlp"}):
         expected = model(tokens)
-    with compiled.session() as outer, compiled.session(skip={"blocks.0.mlp"}) as inner:
-        torch.testing.assert_close(compiled(tokens), expected)
-        assert (outer.calls, inner.calls) == (0, 1)
-        with pytest.raises(skipc.SessionError, match="open already"):
-            inner.__enter__()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compiled.session().__enter__().__exit__(None)
-        compiled(tokens)
-        # leave: the outer one sees a call of its own below
-        assert inner.calls == 2
-        inner.skip  # noqa: B018
-        outer._counts.update(inner._counts)
+    with compiled.session() as outer:
+        with compiled.session(skip={"blocks.0.mlp"}) as inner:
+            torch.testing.assert_close(compiled(tokens), expected)
+            with pytest.raises(skipc.SessionError, match="open already"):
+                inner.__enter__()
+        torch.testing.assert_close(compiled(tokens), model(tokens))
+    assert (outer.stats().calls, inner.stats().calls) == (1, 1)
 
 
-def test_edited_weights_are_seen_and_hooks_are_refused(model: nn.Module) -> None:
+def test_edited_models_are_noticed(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     compiled = skipc.compile(model, **STRICT)
     tokens = ids()
     compiled(tokens)
@@ -204,11 +197,11 @@ def test_edited_weights_are_seen_and_hooks_are_refused(model: nn.Module) -> None
     model.blocks[0].mlp = nn.Identity()
     torch.testing.assert_close(compiled(tokens), model(tokens))
     handle = model.blocks[1].mlp.register_forward_hook(lambda m, a, o: o * 0)
-    with pytest.raises(skipc.ModelEditedError, match=r"blocks\.1\.mlp"):
-        compiled(tokens)
-    compiled.refresh()
-    torch.testing.assert_close(compiled(tokens), model(tokens))
+    with caplog.at_level(logging.WARNING, "skipc"):
+        torch.testing.assert_close(compiled(tokens), model(tokens))
+    assert "hooks changed on blocks.1.mlp" in caplog.text
     handle.remove()
+    torch.testing.assert_close(compiled(tokens), model(tokens))
 
 
 def test_autocast_inside_the_model_falls_back(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
