@@ -20,7 +20,7 @@ def stream_similarity(before: object, after: object) -> float | None:
     """
     if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)):
         return None
-    if before.dim() < 2 or before.shape[-1] != after.shape[-1] or before.numel() != after.numel():
+    if min(before.dim(), after.dim()) < 2 or before.shape[-1] != after.shape[-1] or before.numel() != after.numel():
         return None
     if not before.is_floating_point():
         return None

@@ -137,7 +137,7 @@ def name_of(add: fx.Node, start: fx.Node, branch: Sequence[fx.Node], kind: SiteK
         elif is_heavy(node):
             break
         node = dominators[node]
-    return best or ".".join([*frame[-1:], kind.value])
+    return best or ".".join([*frame[-1:], f"<{kind.value}>"])  # no module's path: nothing in eager to zero
 
 
 _ZERO_IF_ANY = SCALES - {"div", "truediv", "__truediv__"} | MATMUL | {"mm"}
@@ -145,8 +145,8 @@ _ZERO_IF_FIRST = (
     CASTS
     | VIEWS
     | frozenset(
-        "div truediv __truediv__ neg abs square sqrt pow mean sum transpose permute expand getitem gelu silu relu tanh "
-        "rms_norm _fused_rms_norm masked_fill roll repeat pad drop_path".split()
+        "div truediv __truediv__ neg abs square sqrt mean sum transpose permute expand getitem gelu silu relu tanh "
+        "rms_norm _fused_rms_norm roll repeat drop_path".split()
     )
 )
 
@@ -162,8 +162,12 @@ def _keeps_zero(node: fx.Node, branch: Sequence[fx.Node], flow: Dataflow) -> boo
         first = operands[0] if operands else None
         if name in _ZERO_IF_ANY:
             is_zero = any(a in zero for a in operands)
-        elif name in ("linear", "layer_norm", "group_norm"):
+        elif name == "linear":  # a builtin: no signature to ask
+            is_zero = first in zero and (n.args[2] if len(n.args) > 2 else n.kwargs.get("bias")) is None
+        elif name in ("layer_norm", "group_norm"):
             is_zero = first in zero and argument(n, "bias") is None
+        elif name == "pow":
+            is_zero = first in zero and isinstance(n.args[-1], int | float) and n.args[-1] > 0
         elif name in ("add", "sub", "__add__", "cat", "stack"):
             is_zero = bool(n.all_input_nodes) and all(a in zero for a in n.all_input_nodes)
             is_zero = is_zero and not any(isinstance(a, int | float) and a != 0 for a in n.args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from skipc.passes.base import Pass, PassContext, PassResult
@@ -32,38 +34,59 @@ class FunctionalizeInplace(Pass):
     name = "functionalize_inplace"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        matched = 0
-        flow = Dataflow(gm.graph)
-        for node in list(flow.writes):
-            base = node.args[0] if node.args else None
-            twin = out_of_place(node)
-            if twin is None or not isinstance(base, fx.Node) or written_arguments(node) != [base]:
-                continue
-            if flow.storages[base] & flow.input_storages or self._viewed_later(node, base, flow):
-                continue
-            with gm.graph.inserting_before(node):
-                kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-                args = tuple(False if i > 0 and a is True and "inplace" not in node.kwargs and twin[1] is node.target
-                             else a for i, a in enumerate(node.args))
-                new = gm.graph.create_node(twin[0], twin[1], args, kwargs)
-            new.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
-            infer(new)
-            before, after = tensor(base), tensor(new)
-            assert before is not None
-            same = after is not None and before.dtype == after.dtype and str(before.shape) == str(after.shape)
-            if not same or written_arguments(new):
-                gm.graph.erase_node(new)
-                continue
-            replace_uses_after(node, base, new, flow.order)
-            node.replace_all_uses_with(new)
-            gm.graph.erase_node(node)
-            matched += 1
+        matched, start = 0, 0
+        while (found := self._next(gm.graph, start)) is not None:
+            start, changed = found
+            matched += changed
         return PassResult(matched, matched > 0)
 
+    def _next(self, graph: fx.Graph, start: int) -> tuple[int, bool] | None:
+        """Look at the first write at or behind position ``start``: where to go on, and whether it was rewritten. The
+        dependences are derived anew each time, because a rewrite changes who shares storage with whom."""
+        flow = Dataflow(graph)
+        node = next((n for n in flow.writes if flow.order[n] >= start), None)
+        if node is None:
+            return None
+        base, twin = node.args[0] if node.args else None, out_of_place(node)
+        if twin is None or not isinstance(base, fx.Node) or written_arguments(node) != [base]:
+            return flow.order[node] + 1, False
+        if flow.storages[base] & flow.input_storages or not self._only_by_name(node, base, flow):
+            return flow.order[node] + 1, False
+        with graph.inserting_before(node):
+            new = graph.create_node(*twin, *self._arguments(node, twin[1]))
+        new.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+        infer(new)
+        before, after = tensor(base), tensor(new)
+        same = before is not None and after is not None and before.dtype == after.dtype
+        if not same or str(before.shape) != str(after.shape) or written_arguments(new):  # type: ignore[union-attr]
+            graph.erase_node(new)
+            return flow.order[node] + 1, False
+        replace_uses_after(node, base, new, flow.order)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        for later in flow.nodes[flow.order[node] + 1 :]:  # views of the sum are views of the new value now
+            if later.op != "output" and flow.storages[later] & flow.storages[base]:
+                infer(later)
+        return flow.order[node], True
+
     @staticmethod
-    def _viewed_later(node: fx.Node, base: fx.Node, flow: Dataflow) -> bool:
-        """True if, after ``node``, someone reads the written storage by another name than ``base`` or ``node``."""
-        storage = flow.storages[base]
-        aliases = [n for n in flow.nodes if n not in (base, node) and flow.storages[n] & storage]
-        aliases = [n for n in aliases if not flow.depends(n, node)]
-        return any(flow.order[user] > flow.order[node] for alias in aliases for user in alias.users)
+    def _arguments(node: fx.Node, target: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of ``node`` without a request to work in place."""
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        if target is not node.target or "inplace" in node.kwargs:
+            return node.args, kwargs
+        return tuple(False if i > 0 and a is True else a for i, a in enumerate(node.args)), kwargs
+
+    @staticmethod
+    def _only_by_name(node: fx.Node, base: fx.Node, flow: Dataflow) -> bool:
+        """True if, from ``node`` on, the written storage is read and written through ``base``, ``node`` and views made
+        later only, and none of those views is written."""
+        shared = [n for n in flow.nodes if flow.storages[n] & flow.storages[base] and n not in (base, node)]
+        for alias in shared:
+            if flow.order[alias] < flow.order[node]:
+                if any(flow.order[user] > flow.order[node] for user in alias.users):
+                    return False
+            elif alias in flow.writes and not {base, node}.issuperset(written_arguments(alias)):
+                return False
+        later = [n for n in flow.writes if flow.order[n] > flow.order[node] and flow.writes[n] & flow.storages[base]]
+        return all({base, node}.issuperset(written_arguments(n)) for n in later)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 HEAVY = frozenset(
     "linear matmul __matmul__ mm bmm mv addmm addmv baddbmm addbmm einsum tensordot bilinear inner "
@@ -36,7 +38,7 @@ SCALES = frozenset("mul __mul__ div truediv __truediv__".split())
 
 _RANDOM = frozenset(
     "rand randn randint rand_like randn_like randint_like randperm bernoulli bernoulli_ multinomial normal normal_ "
-    "uniform_ exponential_ random_ poisson rrelu feature_dropout alpha_dropout".split()
+    "uniform_ exponential_ random_ cauchy_ geometric_ log_normal_ poisson binomial rrelu feature_dropout alpha_dropout".split()
 )
 _IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -86,12 +88,23 @@ def tensors(node: fx.Node) -> list[torch.Tensor]:
     return [v for v in flat if isinstance(v, torch.Tensor)]
 
 
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """True if two shapes, or strides, are known to be equal, without adding a guard on a symbol."""
+    return len(a) == len(b) and all(
+        x == y if isinstance(x, int) and isinstance(y, int) else statically_known_true(x == y)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
 def is_parameter_like(node: fx.Node) -> bool:
     """True for an input that belongs to the model rather than to the call (weights, and also buffers)."""
     if node.op == "get_attr":
         return True
+    if node.op != "placeholder":
+        return False
     source = getattr(getattr(node, "_dynamo_source", None), "name", "")
-    return node.op == "placeholder" and (source.endswith("']") and ("._parameters[" in source or "._buffers[" in source))
+    from_module = source.endswith("']") and ("._parameters[" in source or "._buffers[" in source)
+    return from_module or isinstance(tensor(node), torch.nn.Parameter)
 
 
 @lru_cache(maxsize=4096)
@@ -113,34 +126,41 @@ def argument(node: fx.Node, parameter: str, default: Any = None) -> Any:
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments that ``node`` writes in place."""
-    written: list[Any] = []
+    written: list[Any] = [node.kwargs.get("out")]
+    first = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+    name, target = op_name(node), node.target
+    in_place_name = name.endswith("_") and not name.endswith("__")
     if node.op == "call_method":
-        target = str(node.target)
-        if (target.endswith("_") and not target.endswith("__")) or target == "__setitem__":
-            written = list(node.args[:1])
-    elif node.op == "call_function":
-        target = node.target  # type: ignore[assignment]
-        if isinstance(target, OpOverloadPacket):
-            target = getattr(target, target.overloads()[0])  # type: ignore[assignment]
-        if isinstance(target, OpOverload):
-            for i, arg in enumerate(target._schema.arguments):
+        if in_place_name or name == "__setitem__" or re.fullmatch(r"__i\w+__", name):
+            written.append(first)
+    elif node.op == "call_function" and isinstance(target, OpOverload | OpOverloadPacket):
+        packet = target if isinstance(target, OpOverloadPacket) else None
+        overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else [target]
+        for overload in overloads:
+            for i, arg in enumerate(overload._schema.arguments):  # type: ignore[union-attr]
                 if arg.alias_info is not None and arg.alias_info.is_write:
-                    value = node.kwargs.get(arg.name, node.args[i] if i < len(node.args) else None)
-                    written += value if isinstance(value, list | tuple) else [value]
-        elif isinstance(target, HigherOrderOperator):
-            if _writes_inside(node):
-                written = list(node.all_input_nodes)
-        elif target is operator.setitem or target in _IN_PLACE_OPERATORS:
-            written = list(node.args[:1])
-        else:
-            name = op_name(node)
-            if (name.endswith("_") and not name.endswith("__")) or argument(node, "inplace") is True:
-                written = list(node.args[:1])
-            elif name == "batch_norm" and argument(node, "training"):
-                written = [argument(node, "running_mean"), argument(node, "running_var")]
-    out = node.kwargs.get("out")
-    written += out if isinstance(out, list | tuple) else [out]
-    return [a for a in written if isinstance(a, fx.Node) and tensors(a)]
+                    positional = node.args[i] if i < len(node.args) and not arg.kwarg_only else None
+                    written.append(node.kwargs.get(arg.name, positional))
+    elif node.op == "call_function" and isinstance(target, HigherOrderOperator):
+        if "mutation" in name or _writes_inside(node):
+            written += node.all_input_nodes
+    elif node.op == "call_function":
+        if target is operator.setitem or target in _IN_PLACE_OPERATORS or in_place_name:
+            written.append(first)
+        elif argument(node, "inplace") is True or argument(node, "max_norm") is not None:
+            written += [first, argument(node, "weight") if name == "embedding" else None]
+        elif name in ("batch_norm", "instance_norm"):
+            written += _running_statistics(node)
+    flat = torch.utils._pytree.tree_leaves(written)
+    return list(dict.fromkeys(a for a in flat if isinstance(a, fx.Node) and tensors(a)))
+
+
+def _running_statistics(node: fx.Node) -> list[Any]:
+    """The running mean and variance that a norm updates: in training, and in instance norms that use the input's."""
+    if getattr(node.target, "__module__", "") == "torch.nn.functional":
+        updates = argument(node, "training") or argument(node, "use_input_stats")
+        return [argument(node, "running_mean"), argument(node, "running_var")] if updates else []
+    return list(node.args[3:5])  # the builtin: (input, weight, bias, running_mean, running_var, ...)
 
 
 def _writes_inside(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from torch import fx
 
 from skipc.ir.errors import PassError
 from skipc.passes.dataflow import Dataflow
-from skipc.passes.ops import VIEWS, is_statement, op_name
+from skipc.passes.ops import VIEWS, op_name
 from skipc.passes.residual import Junction
 
 _SCOPE_ENTER = frozenset({"_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting", "_enter_autocast"})
@@ -64,12 +64,12 @@ class Partition:
             slot = Slot(len(self.slots), ", ".join(t.name for t in junction.terms), junction, _entry(junction))
             self.slots.append(slot)
             assert slot.entry is not None
-            self.opens[slot.entry] = slot.index
+            self.opens.setdefault(slot.entry, slot.index)
             self.pins[junction.add] = slot.index
             if last[junction.stream] is junction:
                 tail = Slot(len(self.slots), "tail", entry=junction.add)
                 self.slots.append(tail)
-                self.opens[junction.add] = tail.index
+                self.opens.setdefault(junction.add, tail.index)
 
     def _earliest(self) -> dict[fx.Node, int]:
         earliest: dict[fx.Node, int] = {}
@@ -134,8 +134,6 @@ class Partition:
             for source in (*self.flow.sources[node], *self.flow.before.get(node, ())):
                 if self.place.get(source, 0) > slot:
                     raise PassError(f"no cut of the graph keeps {source.name} before {node.name}")
-            if is_statement(node) and op_name(node) == "_set_grad_enabled":
-                raise PassError("the graph switches gradients on or off")
 
 
 def _entry(junction: Junction) -> fx.Node:

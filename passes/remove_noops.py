@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from skipc.passes.base import Pass, PassContext, PassResult
-from skipc.passes.ops import argument, is_random, op_name, tensor
+from skipc.passes.ops import argument, is_random, op_name, same_sizes, tensor
 
 _ALIAS_IF_SAME = frozenset("to type float half bfloat16 double contiguous type_as identity detach".split())
 _DROPOUTS = frozenset("dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout".split())
 
 
 class RemoveNoops(Pass):
-    """Drop dropout in evaluation mode, casts and copies that return their input, API-usage logging, and autocast
-    switches that switch nothing.
+    """Drop dropout in evaluation mode, casts and copies that return their input, API-usage logging, and switches
+    of autocast and gradients that switch nothing.
 
     Before::
 
@@ -38,7 +39,9 @@ class RemoveNoops(Pass):
                 node.replace_all_uses_with(source)
                 gm.graph.erase_node(node)
                 matched += 1
-            elif op_name(node) == "_log_api_usage_once":
+            elif op_name(node) == "_log_api_usage_once" or (
+                op_name(node) == "_set_grad_enabled" and node.args == (False,) and not torch.is_grad_enabled()
+            ):
                 gm.graph.erase_node(node)
                 matched += 1
             elif op_name(node) == "_exit_autocast" and _disables(node.args[0]):
@@ -66,8 +69,8 @@ class RemoveNoops(Pass):
         same = (
             before.dtype == after.dtype
             and before.device == after.device
-            and list(map(str, before.shape)) == list(map(str, after.shape))
-            and list(map(str, before.stride())) == list(map(str, after.stride()))
+            and same_sizes(before.shape, after.shape)
+            and same_sizes(before.stride(), after.stride())
             and before.untyped_storage()._cdata == after.untyped_storage()._cdata
         )
         return source if same else None

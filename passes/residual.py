@@ -18,7 +18,10 @@ from torch._prims_common import is_contiguous_or_false
 from skipc.ir.site import Reason, Rejection, SiteKind
 from skipc.passes.classify import is_heavy, kind_of, module_paths
 from skipc.passes.dataflow import Dataflow
-from skipc.passes.ops import CASTS, SCALES, VIEWS, is_add, is_parameter_like, op_name, tensor
+from skipc.passes.ops import CASTS, SCALES, VIEWS, is_add, is_parameter_like, op_name, same_sizes, tensor
+
+
+_MOST_TERMS = 3  # a junction of n terms has 2^n arms
 
 
 @dataclass
@@ -141,7 +144,12 @@ class StreamFinder:
                 if reason is not None:
                     self._reject(add, reason)
                     return None
-                return self._merge(Junction(point, add, shortcut, self._adds(add, operands), terms))
+                junction = self._merge(Junction(point, add, shortcut, self._adds(add, operands), terms))
+                reason = self._branch_reason(junction, operands)
+                if reason is not None:
+                    self._reject(add, reason)
+                    return None
+                return junction
         if add not in self.rejections:
             self._reject_unrelated(add, operands, post)
         return None
@@ -208,8 +216,18 @@ class StreamFinder:
         out, stays = tensor(add), tensor(shortcut)
         assert out is not None
         assert stays is not None
-        if list(map(str, out.stride())) != list(map(str, stays.stride())) and not is_contiguous_or_false(out):
+        if not same_sizes(out.stride(), stays.stride()) and not is_contiguous_or_false(out):
             return Reason.LAYOUT_CHANGES
+        return None
+
+    def _branch_reason(self, junction: Junction, operands: list[fx.Node]) -> Reason | None:
+        """Leaving a branch out must equal adding zero: nobody but the sum may read its result."""
+        if len(junction.terms) > _MOST_TERMS:
+            return Reason.TOO_MANY_BRANCHES
+        for term in junction.terms:
+            readers = self.flow.users[term.value]
+            if len(readers) != 1 or not readers.issubset(junction.adds) or operands.count(term.value) > 1:
+                return Reason.BRANCH_USED_ELSEWHERE
         return None
 
     # -- from candidates to streams -----------------------------------------------------------------------------------
@@ -261,7 +279,7 @@ class StreamFinder:
         for j in junctions:
             before, here = j.previous and tensor(j.previous.add), tensor(j.add)
             assert here is not None
-            pooled = before is not None and _tokens_gone(_sizes(before), _sizes(here))
+            pooled = before is not None and _tokens_gone(before.shape, here.shape)
             if pooled or (j.previous is not None and j.previous.add in self.rejections):
                 self._reject(j.add, Reason.BEHIND_OUTPUT)
             else:
@@ -301,21 +319,17 @@ class StreamFinder:
         ]
 
 
-def _sizes(value: torch.Tensor) -> list[str]:
-    """The shape, comparable without adding guards on symbols."""
-    return list(map(str, value.shape))
-
-
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     x, y = tensor(a), tensor(b)
-    return x is not None and y is not None and _sizes(x) == _sizes(y)
+    return x is not None and y is not None and same_sizes(x.shape, y.shape)
 
 
-def _tokens_gone(before: list[str], here: list[str]) -> bool:
+def _tokens_gone(before: torch.Size, here: torch.Size) -> bool:
     """True if a stream of shape [batch, tokens, width] became [batch, width] or [batch, 1, width]."""
+    one_token = [isinstance(s[1], int) and s[1] == 1 for s in (before, here) if len(s) == 3]
     if len(before) == 3 and len(here) == 2:
-        return here[0] == before[0] and before[1] != "1"
-    return len(before) == len(here) == 3 and here[1] == "1" != before[1]
+        return same_sizes(here[:1], before[:1]) and not one_token[0]
+    return len(before) == len(here) == 3 and one_token == [False, True]
 
 
 def _has_alpha(add: fx.Node) -> bool:

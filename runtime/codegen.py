@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from skipc.ir.program import Arm, ProgramSpec, Step, Var
 
 
@@ -12,7 +14,8 @@ def source_of(spec: ProgramSpec) -> str:
     lines += _wrapped("    (", [f"{name}," for name in spec.inputs], ") = inputs") if spec.inputs else []
     for i, step in enumerate(spec.steps):
         lines += _step(spec, step, i)
-    results = [v.name if isinstance(v, Var) else repr(v) for v in spec.outputs]
+    constants = itertools.count()
+    results = [v.name if isinstance(v, Var) else f"constants[{next(constants)}]" for v in spec.outputs]
     lines.append(f"    return ({', '.join(results)}{',' if results else ''})")
     return "\n".join(lines) + "\n"
 

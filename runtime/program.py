@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from skipc.ir.errors import PlanError, UnknownSiteError
+from skipc.ir.errors import PlanError
 from skipc.ir.program import KVPolicy, ProgramSpec, Var
-from skipc.ir.site import Site
 from skipc.kernels.similarity import stream_similarity
 from skipc.runtime import sessions
 from skipc.runtime.codegen import source_of
@@ -55,38 +54,41 @@ class Program:
         self.site_names = frozenset(s.name for s in spec.sites)
         self._plans: dict[tuple[frozenset[str], KVPolicy], Arms] = {}
         self._run = self._load()
-        self._seen_stream = _positions(spec, spec.stream_points)
 
     def _load(self) -> Callable[[Sequence[Any], Arms], tuple[Any, ...]]:
         name = f"<skipc program {id(self):#x}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(keepends=True), name)
         scope: dict[str, Any] = {r.name: f for r, f in zip(self.spec.regions, self.functions, strict=True)}
+        scope["constants"] = tuple(v for v in self.spec.outputs if not isinstance(v, Var))
         exec(compile(self.source, name, "exec"), scope)
         return scope["program"]
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         if not sessions.any_open():
             return self._run(inputs, self.exact)
-        session = sessions.session_for(self._parameters(inputs))
+        session = sessions.session_for(self.parameters_of(inputs))
         return self._run(inputs, self.exact) if session is None else session.call(self, inputs)
 
-    def _parameters(self, inputs: Sequence[Any]) -> list[int]:
+    def parameters_of(self, inputs: Sequence[Any]) -> list[int]:
+        """Identities of the parameters and buffers in a call: which instance of the model it is."""
         return [id(inputs[i]) for i in self.spec.parameters]
 
     def run(self, inputs: Sequence[Any], arms: Arms) -> tuple[Any, ...]:
         """Run with one arm chosen for each step."""
         outputs = self._run(inputs, arms)
-        return self._unshared(inputs, outputs) if arms is not self.exact and self._seen_stream else outputs
+        return outputs if arms is self.exact else self._unshared(inputs, outputs)
 
     def _unshared(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """A skipped site hands the same tensor on. Where the caller gets several points of a stream, or one that it
         passed in, each must be a tensor of its own, as without skipping."""
-        seen = {id(t) for t in inputs}
+        if not self.spec.exposed:
+            return outputs
+        seen = {t.untyped_storage()._cdata for t in inputs if isinstance(t, torch.Tensor)}
         result = list(outputs)
-        for i in self._seen_stream:
-            if id(result[i]) in seen:
+        for i in self.spec.exposed:
+            if result[i].untyped_storage()._cdata in seen:
                 result[i] = result[i].clone()
-            seen.add(id(result[i]))
+            seen.add(result[i].untyped_storage()._cdata)
         return tuple(result)
 
     def arms_for(self, skip: frozenset[str], kv: KVPolicy) -> Arms:
@@ -124,17 +126,10 @@ class Program:
             _wait(inputs)
             seconds = time.perf_counter() - start
             if step.sites:
-                run = step.arms[0]
-                before = scope.get(run.inputs[0])
-                after = scope.get((*run.outputs, *(c[0] for c in run.copies))[-1])
-                measured.append(Measurement(step.sites, seconds, stream_similarity(before, after)))
+                similarity = stream_similarity(*(scope[n] for n in step.stream)) if step.stream else None
+                measured.append(Measurement(step.sites, seconds, similarity))
         outputs = tuple(scope[v.name] if isinstance(v, Var) else v for v in self.spec.outputs)
-        return outputs, measured
-
-
-def _positions(spec: ProgramSpec, names: frozenset[str]) -> tuple[int, ...]:
-    """Outputs that are points of a stream."""
-    return tuple(i for i, v in enumerate(spec.outputs) if isinstance(v, Var) and v.name in names)
+        return (outputs if arms is self.exact else self._unshared(inputs, outputs)), measured
 
 
 def _wait(inputs: Iterable[Any]) -> None:
@@ -152,11 +147,3 @@ class Fallback:
         if sessions.any_open():
             sessions.refuse([id(inputs[i]) for i in self.parameters], self.reason)
         return self.function(*inputs)
-
-
-def check_sites(names: Iterable[str], sites: Iterable[Site]) -> None:
-    """Raise :class:`UnknownSiteError` for the first of ``names`` that is none of ``sites``."""
-    known = [s.name for s in sites]
-    for name in names:
-        if name not in known:
-            raise UnknownSiteError(name, known)

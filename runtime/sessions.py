@@ -1,6 +1,6 @@
 """Sessions: what a compiled model does for one request, or one batch of requests.
 
-A session is in force in the thread that opened it, for the model that it was opened on, until its ``with`` block ends.
+A session is in force in the thread (or asyncio task) that opened it, for the model that it was opened on, until its ``with`` block ends.
 It never lapses in silence: what cannot be honoured raises.
 """
 
@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -79,6 +80,7 @@ class Session:
         self._measured: list[Measurement] = []
         self._compilations = 0
         self._unreached = set(self.skip)
+        self._checked: set[Program] = set()
         self._lock = threading.Lock()
         known = known_sites(self.parameters)
         if known:
@@ -92,11 +94,11 @@ class Session:
                 raise SessionError("this session is open already")
             _open.append(self)
             self._compilations = compilations(self.parameters)
-        _stack().append(self)
+        _stack.set((*_stack.get(), self))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        _stack().remove(self)
+        _stack.set(tuple(s for s in _stack.get() if s is not self))
         with _lock:
             _open.remove(self)
             self._compilations = compilations(self.parameters) - self._compilations
@@ -113,19 +115,22 @@ class Session:
         def bound(*args: P.args, **kwargs: P.kwargs) -> R:
             if self not in _open:
                 raise SessionError("the session that this function is bound to is closed")
-            _stack().append(self)
+            token = _stack.set((*_stack.get(), self))
             try:
                 return function(*args, **kwargs)
             finally:
-                _stack().remove(self)
+                _stack.reset(token)
 
         return bound
 
     def governs(self, parameters: Sequence[int]) -> bool:
         """True if a call on these parameters (by identity) is a call of this session's model."""
-        if self.model is None or self.parameters.issuperset(parameters):
+        if self.model is None:
             return True
-        self.parameters = _parameters(self.model)  # weights may have been replaced since
+        if not parameters:
+            return False  # nothing of any model: a sampler, say
+        if not self.parameters.issuperset(parameters):
+            self.parameters = _parameters(self.model)  # weights may have been replaced since
         return self.parameters.issuperset(parameters)
 
     # -- calls ----------------------------------------------------------------------------------------------------------
@@ -134,9 +139,8 @@ class Session:
         """Run ``program`` as this session asks."""
         if program.partial and self.skip:
             raise FallbackError(f"a session cannot skip in a model with graph breaks: {program.partial}")
-        if self._unreached:
-            self._check_names(program.site_names)
-            self._unreached -= program.site_names
+        if program not in self._checked:
+            self._check(program, inputs)
         arms = program.arms_for(self.skip, self.kv or program.default_kv)
         with self._lock:
             self._counts[program, arms] += 1
@@ -157,12 +161,14 @@ class Session:
         stats = SessionStats(calls=self.calls)
         now = compilations(self.parameters) - self._compilations if self in _open else self._compilations
         stats.recompiles = now
-        for (program, arms), count in self._counts.items():
+        with self._lock:
+            counts, measured = dict(self._counts), list(self._measured)
+        for (program, arms), count in counts.items():
             skipped = program.skipped_by(arms)
             for name in program.site_names:
                 (stats.skipped if name in skipped else stats.ran)[name] += count
         totals: dict[str, list[Measurement]] = {}
-        for m in self._measured:
+        for m in measured:
             for name in m.sites:
                 totals.setdefault(name, []).append(m)
         for name, found in totals.items():
@@ -171,6 +177,23 @@ class Session:
             if similar:
                 stats.similarity[name] = sum(similar) / len(similar)
         return stats
+
+    def _check(self, program: Program, inputs: Sequence[Any]) -> None:
+        """Once a program: every site to skip must be one of it, or have no part in it."""
+        if self.skip - program.site_names:
+            self._check_names(program.site_names | known_sites(self.parameters))
+        used = set(program.parameters_of(inputs))
+        modules = dict(self.model.named_modules()) if self.model is not None else {}
+        for name in sorted(self.skip):
+            path = name.split("#")[0]
+            if name not in program.site_names:
+                here = path in modules and any(id(p) in used for p in modules[path].parameters())
+                if here:
+                    raise SessionError(f"{name} runs in this call, but is no site of it, so it cannot be skipped")
+            elif modules and "<" not in path and path not in modules:
+                raise FallbackError(f"{name} was compiled apart from the model, behind a graph break")
+        self._unreached -= program.site_names
+        self._checked.add(program)
 
     def _check_names(self, known: Iterable[str]) -> None:
         """Refuse names that are neither sites nor modules. (A module may be a site of a graph that is not compiled yet:
@@ -183,19 +206,14 @@ class Session:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which session is in force. One process-wide list, and one stack for each thread.
+# Which session is in force. One process-wide list, and one stack for each thread or task.
 
 _open: list[Session] = []
 _lock = threading.Lock()
-_local = threading.local()
+# A context variable: a thread starts without a session, and tasks of one event loop do not see each other's.
+_stack: ContextVar[tuple[Session, ...]] = ContextVar("skipc_sessions", default=())
 _programs: weakref.WeakKeyDictionary[Program, frozenset[int]] = weakref.WeakKeyDictionary()
 _compiled: Counter[frozenset[int]] = Counter()
-
-
-def _stack() -> list[Session]:
-    if not hasattr(_local, "stack"):
-        _local.stack = []
-    return _local.stack
 
 
 def any_open() -> bool:
@@ -205,7 +223,7 @@ def any_open() -> bool:
 
 def innermost(model: torch.nn.Module) -> Session | None:
     """The session of this thread that governs calls of ``model``."""
-    return next((s for s in reversed(_stack()) if s.model is None or s.model is model), None) if _open else None
+    return next((s for s in reversed(_stack.get()) if s.model is None or s.model is model), None) if _open else None
 
 
 def session_for(parameters: Sequence[int]) -> Session | None:
@@ -214,7 +232,7 @@ def session_for(parameters: Sequence[int]) -> Session | None:
     Raises:
         SessionThreadError: if only other threads have one.
     """
-    for session in reversed(_stack()):
+    for session in reversed(_stack.get()):
         if session.governs(parameters):
             return session
     if any(s.model is not None and s.governs(parameters) for s in list(_open)):

@@ -31,6 +31,8 @@ class FallbackReason(StrEnum):
     NO_STREAM = "no residual stream was found in the graph"
     SUBCLASS = "the graph works on tensor subclasses (quantised or distributed weights)"
     AUTOCAST = "the graph switches autocast on, off or between precisions"
+    MODES = "the graph switches gradients or inference mode on or off"
+    FROZEN = "Inductor's freezing made the weights constants of the graph"
     FAILED = "skipc failed"
 
 
@@ -123,6 +125,10 @@ def refusal(gm: fx.GraphModule) -> FallbackReason | None:
     plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, torch._subclasses.FakeTensor)
     if any(type(t) not in plain for t in made if not torch._C._functorch.is_functorch_wrapped_tensor(t)):
         return FallbackReason.SUBCLASS
+    if any(op_name(n) == "_enter_inference_mode" or (op_name(n) == "_set_grad_enabled" and n.args != (False,)) for n in nodes):
+        return FallbackReason.MODES
+    if any(isinstance(getattr(gm, str(n.target), None), torch.nn.Parameter) for n in nodes if n.op == "get_attr"):
+        return FallbackReason.FROZEN
     enters = [n for n in nodes if op_name(n) == "_enter_autocast"]
     ambient = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     if any(ambient or not (n.args[2:3] == (False,) or n.kwargs.get("enabled") is False) for n in enters):

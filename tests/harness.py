@@ -124,7 +124,7 @@ def check_pass(
     manager = PassManager(PassContext(), (kind,))
     result = manager.run(gm)
     assert gm.code == text, "the pass edited Dynamo's own graph"
-    assert manager.records[0].matched == matches
+    assert manager.records[0].matched == matches, f"{manager.records[0].matched} matches"
     assert signature(result.graph) == before
     assert not set(gone) & set(ops(result)), f"left over: {set(gone) & set(ops(result))}"
     assert set(there) <= set(ops(result)), f"missing: {set(there) - set(ops(result))}"
@@ -137,3 +137,53 @@ def check_pass(
     again: PassResult = kind().run(result, PassContext())
     assert not again.changed, "a second run still changes the graph"
     return result
+
+
+def run_regions_uncompiled(monkeypatch: Any) -> None:
+    """Let regions run as they are, without Inductor: for tests of passes and programs that need many graphs."""
+    import skipc.passes.lowering.outline as outline
+
+    monkeypatch.setattr(outline, "compile_region", lambda gm, config: lambda arguments: gm.forward(*arguments))
+
+
+def check_model(model: torch.nn.Module, *args: Any, subsets: int = 8, seed: int = 0) -> list[str]:
+    """Hold skipc to eager on one model: exact without a session, equal to zeroing by hooks for every subset of sites
+    (or ``subsets`` random ones), inputs written alike, outputs that share memory with nothing they should not. Returns
+    the names of its sites."""
+    import random
+
+    import skipc
+
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    theirs, ours = copy.deepcopy(args), copy.deepcopy(args)
+    _assert_same(model(*theirs), compiled(*ours))
+    _assert_same(theirs, ours)
+    names = [n for n in skipc.find_sites(model, *copy.deepcopy(args)).names if "<" not in n]  # those eager can zero
+    rng = random.Random(seed)
+    every = [{n for i, n in enumerate(names) if bits >> i & 1} for bits in range(1, 1 << len(names))]
+    for skip in every if len(every) <= subsets else [set(names), *rng.sample(every, subsets - 1)]:
+        theirs, ours = copy.deepcopy(args), copy.deepcopy(args)
+        with eager_skip(model, skip):
+            expected = model(*theirs)
+        with compiled.session(skip=skip) as session:
+            found = compiled(*ours)
+            assert session.stats().recompiles == 0
+        _assert_same(expected, found)
+        _assert_same(theirs, ours)
+        for made in (t for t in floats(found)):
+            owners = [t for t in (*floats(ours), *model.parameters()) if _share(made, t)]
+            exact = [t for t in (*floats(theirs), *model.parameters()) if any(_share(e, t) for e in floats(expected))]
+            assert len(owners) <= len(exact), "an output shares memory with an input or a weight"
+    return names
+
+
+def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _assert_same(expected: Any, found: Any) -> None:
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True):
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+        else:
+            assert a == b

@@ -12,8 +12,7 @@ from torch import fx
 from torch._prims_common import is_contiguous_or_false
 
 from skipc.ir.program import KVPolicy
-from skipc.passes.fx_edit import infer
-from skipc.passes.ops import is_statement, tensor
+from skipc.passes.ops import is_statement, same_sizes, tensor
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Term
 
@@ -138,14 +137,13 @@ class ArmBuilder:
         inside = set(slot.nodes)
 
         def resolve(node: fx.Node) -> fx.Node:
-            while node in alias and not self._needs_cast(node, alias[node]):
+            while node in alias and self._may_share(node, alias[node]):
                 node = alias[node]
             return node
 
         needed = self._slice([*roots, *map(resolve, escapes)], inside, alias, resolve)
         body = [n for n in slot.nodes if n in needed]
-        fresh = [e for e in escapes if resolve(e) not in inside and not self._may_share(e, resolve(e))]
-        inputs = self._inputs(slot, body, [resolve(e) for e in fresh], alias, resolve)
+        inputs = self._inputs(slot, body, alias, resolve)
         graph = fx.Graph()
         copied = {node: _placeholder(graph, node) for node in inputs}
 
@@ -156,10 +154,7 @@ class ArmBuilder:
             return copied[node]
 
         for node in body:
-            if node in alias:  # a sum of mixed dtypes: what stays takes the dtype of the sum
-                copied[node] = graph.call_method("to", (lift(alias[node]), tensor(node).dtype))  # type: ignore[union-attr]
-            else:
-                copied[node] = graph.node_copy(node, lift)
+            copied[node] = _copy_of(graph, lift(alias[node]), node) if node in alias else graph.node_copy(node, lift)
             copied[node].meta = dict(node.meta)
         outputs: list[fx.Node] = []
         results: list[fx.Node] = []
@@ -169,13 +164,12 @@ class ArmBuilder:
             twin = next((o for o in outputs if resolve(o) is value), None)
             if twin is not None:
                 copies.append((escape, twin))
-            elif value not in inside and escape not in fresh:
+            elif value not in inside:
                 copies.append((escape, value))
             else:
                 outputs.append(escape)
-                result = _fresh(graph, lift(value), escape) if escape in fresh else copied[value]
-                results.append(self._kept_layout(graph, result, escape))
-        if not body and not results:
+                results.append(self._kept_layout(graph, copied[value], escape))
+        if not body:
             return ArmGraph(names, kv, None, [], [], copies, refused)
         graph.output(tuple(results))
         return ArmGraph(names, kv, graph, inputs, outputs, copies, refused)
@@ -197,14 +191,13 @@ class ArmBuilder:
         self,
         slot: Slot,
         body: list[fx.Node],
-        values: list[fx.Node],
         alias: dict[fx.Node, fx.Node],
         resolve: Callable[[fx.Node], fx.Node],
     ) -> list[fx.Node]:
         """What an arm reads from outside: the stream point, then values in order of use, then size symbols."""
         inside = set(body)
         read = [s for n in body for s in map(resolve, [alias[n]] if n in alias else n.all_input_nodes)]
-        outer = dict.fromkeys(v for v in (*read, *values) if v not in inside and v.op != "get_attr")
+        outer = dict.fromkeys(v for v in read if v not in inside and v.op != "get_attr")
         if slot.entry in outer:
             outer = {slot.entry: None, **outer}
         symbols = _symbols((*body, *outer))
@@ -229,26 +222,20 @@ class ArmBuilder:
             if node in needed:
                 continue
             needed.add(node)
-            if node in alias:
-                sources = {alias[node]}
-            else:
-                sources = {resolve(s) if s in node.all_input_nodes else s for s in self.flow.sources[node]}
-            stack += [s for s in sources if s in inside]
+            arguments = [alias[node]] if node in alias else node.all_input_nodes
+            writes = self.flow.sources[node].difference(node.all_input_nodes)  # that it must see, whatever it reads
+            stack += [s for s in (*map(resolve, arguments), *writes) if s in inside]
         return needed
 
-    @staticmethod
-    def _needs_cast(total: fx.Node, kept: fx.Node) -> bool:
+    def _may_share(self, total: fx.Node, kept: fx.Node) -> bool:
+        """True if a sum without its branch may be the very tensor that stays: same dtype and strides, and nobody writes
+        to either."""
         before, after = tensor(kept), tensor(total)
-        return before is not None and after is not None and before.dtype != after.dtype
-
-    def _may_share(self, escape: fx.Node, value: fx.Node) -> bool:
-        """True if the skipped sum may be the very tensor that went in: same strides, and nobody writes to either."""
-        before, after = tensor(value), tensor(escape)
-        if before is None or after is None:
-            return before is after
-        if (self.flow.storages[escape] | self.flow.storages[value]) & self.flow.written:
+        if before is None or after is None or before.dtype != after.dtype:
             return False
-        return list(map(str, before.stride())) == list(map(str, after.stride()))
+        if (self.flow.storages[total] | self.flow.storages[kept]) & self.flow.written:
+            return False
+        return same_sizes(before.stride(), after.stride())
 
 
 def _placeholder(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -259,12 +246,15 @@ def _placeholder(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return made
 
 
-def _fresh(graph: fx.Graph, value: fx.Node, like: fx.Node) -> fx.Node:
-    """A copy of ``value`` with the strides of ``like``, which is contiguous (find_sites refuses other layouts)."""
-    made = graph.call_method("clone", (value,), {"memory_format": torch.contiguous_format})
-    made.meta = {k: v for k, v in like.meta.items() if k != "example_value"}
-    infer(made)
-    return made
+def _copy_of(graph: fx.Graph, kept: fx.Node, total: fx.Node) -> fx.Node:
+    """What stays of a sum, as a tensor of its own with the sum's dtype and strides (find_sites refuses sums whose
+    strides are neither the shortcut's nor contiguous)."""
+    before, after = kept.meta["example_value"], tensor(total)
+    assert after is not None
+    layout = torch.preserve_format if same_sizes(before.stride(), after.stride()) else torch.contiguous_format
+    if before.dtype == after.dtype:
+        return graph.call_method("clone", (kept,), {"memory_format": layout})
+    return graph.call_method("to", (kept, after.dtype), {"copy": True, "memory_format": layout})
 
 
 def _symbols(nodes: Iterable[fx.Node]) -> set[sympy.Symbol]:

@@ -6,6 +6,8 @@ all: its variable takes the value that went in.
 
 from __future__ import annotations
 
+import builtins
+import itertools
 import keyword
 import re
 import time
@@ -20,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skipc.ir.config import Config
 from skipc.ir.program import Arm, ProgramSpec, RegionInfo, Step, Var
-from skipc.ir.site import Site
+from skipc.ir.site import Site, SiteKind
 from skipc.passes.classify import is_heavy
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import fake_mode_of
@@ -48,15 +50,21 @@ class Region:
     seconds: float = 0.0
 
     @property
-    def trivial(self) -> bool:
-        """So little work that calling Inductor's code would cost more than running it: views and counters."""
+    def interpreted(self) -> bool:
+        """Run as it is, without Inductor: because it does so little that calling Inductor's code would cost more (views
+        and counters), or because it writes to an input that another input overlaps (AOTAutograd would need to know how
+        the two were made, which a region's inputs do not tell)."""
         nodes = [n for n in self.gm.graph.nodes if n.op in ("call_function", "call_method")]
-        return len(nodes) <= 4 and all(op_name(n) in _FREE for n in nodes)
+        if len(nodes) <= 4 and all(op_name(n) in _FREE for n in nodes):
+            return True
+        flow = Dataflow(self.gm.graph)
+        owners = Counter(s for n in flow.nodes if n.op == "placeholder" for s in flow.storages[n])
+        return any(owners[s] > 1 for s in flow.written)
 
     def info(self) -> RegionInfo:
         """The record for reports."""
         count = sum(1 for n in self.gm.graph.nodes if n.op in ("call_function", "call_method"))
-        return RegionInfo(self.name, count, self.calls, not self.trivial, self.seconds)
+        return RegionInfo(self.name, count, self.calls, not self.interpreted, self.seconds)
 
 
 class Outline:
@@ -82,9 +90,17 @@ class Outline:
             outputs=tuple(self._output(v) for v in output.args[0]),  # type: ignore[union-attr]
             sites=self._sites(),
             parameters=tuple(i for i, n in enumerate(placeholders) if is_parameter_like(n)),
-            stream_points=frozenset(
-                self.names[n] for j in streams.junctions for n in (j.add, j.point, j.shortcut) if n in self.names
-            ),
+            exposed=self._exposed(streams, output),
+        )
+
+    def _exposed(self, streams: Streams, output: fx.Node) -> tuple[int, ...]:
+        """Positions of outputs that are points of a stream, or views of one."""
+        points = [n for j in streams.junctions for n in (j.add, j.point, j.shortcut)]
+        storages = frozenset().union(*(self.flow.storages[p] for p in points)) - self.flow.input_storages
+        return tuple(
+            i
+            for i, v in enumerate(output.args[0])  # type: ignore[arg-type,union-attr]
+            if isinstance(v, fx.Node) and self.flow.storages[v] & storages
         )
 
     def _output(self, value: Any) -> Any:
@@ -97,8 +113,18 @@ class Outline:
             if arms[0].region is None and not arms[0].copies:
                 continue
             sites = tuple(t.name for t in slot.junction.terms) if slot.junction else ()
-            steps.append(Step(slot.label, sites, arms))
+            steps.append(Step(slot.label, sites, arms, stream=self._stream(slot)))
         return steps
+
+    def _stream(self, slot: Slot) -> tuple[str, str] | None:
+        """The variables before and after the sites of ``slot``: their sum, or what a norm makes of it if only that is
+        seen outside."""
+        if slot.junction is None or slot.entry is None or slot.entry.op == "get_attr":
+            return None
+        escapes = self.builder.escapes(slot)
+        following = [s.entry for s in self.partition.slots[slot.index + 1 :]]
+        after = next((n for n in (slot.junction.add, *following) if n in escapes), None)
+        return (self.names[slot.entry], self.names[after]) if after is not None else None
 
     def _arm(self, slot: Slot, arm: ArmGraph) -> Arm:
         region = None if arm.graph is None else self._region(slot, arm)
@@ -128,9 +154,9 @@ class Outline:
             gone = "_".join(t.kind.value for t in slot.junction.terms if t.name in arm.skipped)
             kinds = f"{kinds}_without_{gone}" if kinds else f"{gone}_{'skipped' if arm.kv == 'project' else 'dropped'}"
         base = kinds or slot.label
-        taken = sum(1 for r in self.regions if re.fullmatch(rf"{base}(_\d+)?", r.name))
+        taken = {*self.names.values(), *(r.name for r in self.regions)}
         region = Region(
-            base if not taken else f"{base}_{taken + 1}",
+            _unused(base, taken, "_"),
             fx.GraphModule(self.gm, arm.graph),
             symbols,
             any(map(is_heavy, arm.graph.nodes)),
@@ -182,7 +208,7 @@ class Outline:
         return functions  # type: ignore[return-value]
 
     def _compile(self, region: Region, config: Config) -> None:
-        if region.trivial:
+        if region.interpreted:
             forward = region.gm.forward
             region.function = lambda arguments: forward(*arguments)
             return
@@ -226,17 +252,21 @@ def _written_name(write: fx.Node) -> str:
     return re.sub(r"^\['([^']*)'\]", r"\1", re.sub(r"^L\['(?:kwargs|args|self)'\]\.?", "", source))
 
 
+def _unused(wish: str, taken: set[str], joint: str) -> str:
+    """``wish``, numbered if it is taken."""
+    return wish if wish not in taken else next(n for i in itertools.count(2) if (n := f"{wish}{joint}{i}") not in taken)
+
+
 def _variable_names(graph: fx.Graph, partition: Partition) -> dict[fx.Node, str]:
     """Readable, unique Python names: module paths for weights, ``x0, x1, ...`` for the points of the stream."""
     names: dict[fx.Node, str] = {}
-    used: Counter[str] = Counter()
+    used = {"program", "inputs", "arms", "arm", "constants", "prologue", "tail", *SiteKind, *dir(builtins), *keyword.kwlist}
 
     def claim(node: fx.Node, wish: str) -> None:
         wish = re.sub(r"\W+", "_", wish).strip("_") or "value"
-        if wish[0].isdigit() or keyword.iskeyword(wish):
-            wish = f"v_{wish}"
-        used[wish] += 1
-        names[node] = wish if used[wish] == 1 else f"{wish}__{used[wish]}"
+        wish = f"v_{wish}" if wish[0].isdigit() else wish
+        names[node] = _unused(wish, used, "__")
+        used.add(names[node])
 
     points = dict.fromkeys(s.entry for s in partition.slots if s.entry is not None)
     for i, point in enumerate(points):

@@ -34,6 +34,7 @@ class Step:
     sites: tuple[str, ...]
     arms: tuple[Arm, ...]  # the first runs everything
     releases: tuple[str, ...] = ()  # variables that nobody reads after this step
+    stream: tuple[str, str] | None = None  # the residual stream before and after the sites
 
     def arm_for(self, skipped: frozenset[str], kv: KVPolicy) -> int:
         """Index of the arm that leaves out the sites of this step that are in ``skipped``."""
@@ -62,7 +63,7 @@ class ProgramSpec:
     outputs: tuple[Any, ...]  # variable names (as Var) or constants
     sites: tuple[Site, ...]
     parameters: tuple[int, ...]  # positions of the model's parameters among the inputs
-    stream_points: frozenset[str] = frozenset()  # variables that a skip may make the same tensor
+    exposed: tuple[int, ...] = ()  # outputs that are points of a stream: a skip may make them one tensor
     regions: tuple[RegionInfo, ...] = field(default=())
 
 

@@ -33,6 +33,8 @@ class Reason(StrEnum):
     CONTAINS_SITES = "contains_sites"  # a long skip over several sublayers, which are sites themselves
     NESTED = "nested"  # inside another site
     BEHIND_OUTPUT = "behind_output"  # after the stream was pooled
+    BRANCH_USED_ELSEWHERE = "branch_used_elsewhere"  # the branch's result is read by more than its addition
+    TOO_MANY_BRANCHES = "too_many_branches"  # more than three branches share one addition
     SCALED_ADD = "scaled_add"  # add(..., alpha=...) with alpha other than 1
     SHAPE_CHANGES = "shape_changes"  # broadcasting: without the branch, the sum would have another shape
     LAYOUT_CHANGES = "layout_changes"  # without the branch, the sum would have other strides
@@ -51,6 +53,8 @@ _REASON_TEXT = {
     Reason.CONTAINS_SITES: "a long skip over several sublayers, which are sites themselves",
     Reason.NESTED: "lies inside another site",
     Reason.BEHIND_OUTPUT: "comes after the stream was pooled",
+    Reason.BRANCH_USED_ELSEWHERE: "the branch's result is read by more than this addition",
+    Reason.TOO_MANY_BRANCHES: "more than three branches share this addition",
     Reason.SCALED_ADD: "adds with alpha other than 1",
     Reason.SHAPE_CHANGES: "the sum broadcasts, so its shape depends on the branch",
     Reason.LAYOUT_CHANGES: "the sum's memory layout depends on the branch",
