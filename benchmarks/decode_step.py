@@ -6,11 +6,13 @@ Run: python benchmarks/decode_step.py [--dtype bfloat16] [--cache 512]
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import click
 import torch
 from common import check_load, console, interleave, ratio, save
+from skipc.runtime.program import Program
 
 import skipc
 
@@ -55,33 +57,71 @@ def main(rounds: int, threads: int, dtype: str, cache_length: int, path: str | N
     same = torch.equal(logits["Inductor"], logits["skipc"])
     load = check_load()
     times = interleave({name: lambda n=name: step(n) for name in calls}, rounds)  # type: ignore[misc]
-    record: dict[str, Any] = {"dtype": dtype, "cache": cache_length, "load": load, "same_bits": same, "ratios": {}}
+    record: dict[str, Any] = {
+        "dtype": dtype,
+        "cache": cache_length,
+        "load": load,
+        "same_bits": same,
+        "ratios": {},
+    }
     for name in times:
         value, low, high = ratio(times[name], times["Inductor"])
-        record["ratios"][name] = {"median_ms": statistics.median(times[name]) * 1e3, "ratio": value, "low": low, "high": high}
-        console.print(f"{name:>15}: {statistics.median(times[name]) * 1e3:7.2f} ms, {value:.3f} of Inductor [{low:.3f}, {high:.3f}]")
+        record["ratios"][name] = {
+            "median_ms": statistics.median(times[name]) * 1e3,
+            "ratio": value,
+            "low": low,
+            "high": high,
+        }
+        console.print(
+            f"{name:>15}: {statistics.median(times[name]) * 1e3:7.2f} ms, {value:.3f} of Inductor "
+            f"[{low:.3f}, {high:.3f}]"
+        )
     console.print(f"logits of skipc and Inductor have the same bits: {same}")
     record["savings"] = _savings(compiled, lambda: step("skipc.compile"), rounds)
     save(path, record)
 
 
-def _savings(compiled: skipc.CompiledModel, step: Any, rounds: int) -> list[dict[str, Any]]:
-    """Time saved by skipping k sites over what those sites' regions take by themselves (host calls of the same regions,
-    one after the other, as the program makes them)."""
-    with compiled.session(measure=True) as session:
-        for _ in range(max(10, rounds // 5)):
+Call = tuple[Callable[[list[Any]], Any], list[Any]]
+
+
+def _region_calls(compiled: skipc.CompiledModel, step: Callable[[], Any]) -> dict[str, Call]:
+    """The region call of each site in one step: its function and arguments."""
+    caught: list[Any] = []
+    measure = Program.measure
+
+    def spy(program: Program, inputs: Any, arms: Any) -> Any:
+        scope, calls = dict(zip(program.spec.inputs, inputs, strict=True)), {}
+        for s in program.spec.steps:
+            arm = s.arms[0]
+            assert arm.region is not None
+            arguments = [scope[n] for n in arm.inputs]
+            results = program.functions[arm.region](list(arguments))
+            scope.update(zip(arm.outputs, results, strict=True))
+            calls.update(dict.fromkeys(s.sites, (program.functions[arm.region], arguments)))
+        caught.append(calls)
+        return measure(program, inputs, arms)
+
+    Program.measure = spy  # type: ignore[method-assign]
+    try:
+        with compiled.session(measure=True):
             step()
-    alone = session.stats().seconds
-    names = list(alone)
-    mlps = [n for n in names if n.endswith(".mlp")]
-    attentions = [n for n in names if n.endswith(".self_attn")]
+    finally:
+        Program.measure = measure  # type: ignore[method-assign]
+    return caught[0]
+
+
+def _savings(compiled: skipc.CompiledModel, step: Callable[[], Any], rounds: int) -> list[dict[str, Any]]:
+    """Time saved by skipping k sites, over the time that calling those sites' regions one after the other takes."""
+    calls = _region_calls(compiled, step)
+    mlps = [n for n in calls if n.endswith(".mlp")]
+    attentions = [n for n in calls if n.endswith(".self_attn")]
     plans = {
         "10 MLPs": (mlps[5:15], None),
         "all MLPs": (mlps, None),
         "10 attentions, kv none": (attentions[5:15], "none"),
         "all attentions, kv none": (attentions, "none"),
-        "10 attentions, kv project": (attentions[5:15], None),
         "10 layers, kv none": (mlps[5:15] + attentions[5:15], "none"),
+        "10 attentions, kv project": (attentions[5:15], None),
     }
     results = []
     for label, (skip, kv) in plans.items():
@@ -94,11 +134,25 @@ def _savings(compiled: skipc.CompiledModel, step: Any, rounds: int) -> list[dict
             with compiled.session():
                 return step()
 
-        times = interleave({"run": running, "skip": skipping}, rounds)
-        saved = statistics.median(times["run"]) - statistics.median(times["skip"])
-        own = sum(alone[n] for n in skip)
-        results.append({"plan": label, "saved_ms": saved * 1e3, "own_ms": own * 1e3, "share": saved / own})
-        console.print(f"{label:>26}: saves {saved * 1e3:6.2f} ms of the {own * 1e3:6.2f} ms that these regions take: {saved / own:.1%}")
+        def alone(skip: list[str] = skip) -> None:
+            for name in skip:
+                function, arguments = calls[name]
+                function(list(arguments))
+
+        times = interleave({"run": running, "skip": skipping, "alone": alone}, rounds)
+        run, without, own = (statistics.median(times[n]) for n in ("run", "skip", "alone"))
+        results.append(
+            {
+                "plan": label,
+                "saved_ms": (run - without) * 1e3,
+                "own_ms": own * 1e3,
+                "share": (run - without) / own,
+            }
+        )
+        console.print(
+            f"{label:>26}: saves {(run - without) * 1e3:6.2f} ms of the {own * 1e3:6.2f} ms "
+            f"that these regions take alone: {(run - without) / own:.1%}"
+        )
     return results
 
 

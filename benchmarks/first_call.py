@@ -56,7 +56,10 @@ def main(rounds: int, threads: int, path: str | None, one: str | None) -> None:
     found: dict[str, list[dict[str, float]]] = {"inductor": [], "skipc": []}
     for i in range(rounds):
         for backend in found:
-            with tempfile.TemporaryDirectory() as cache, console.status(f"round {i + 1} of {rounds}: {backend}"):
+            with (
+                tempfile.TemporaryDirectory() as cache,
+                console.status(f"round {i + 1} of {rounds}: {backend}"),
+            ):
                 command = [sys.executable, __file__, "--one", backend, "--threads", str(threads)]
                 env = {**__import__("os").environ, "TORCHINDUCTOR_CACHE_DIR": cache}
                 done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)

@@ -25,4 +25,6 @@ def stream_similarity(before: object, after: object) -> float | None:
     if not before.is_floating_point():
         return None
     width = before.shape[-1]
-    return F.cosine_similarity(before.reshape(-1, width).float(), after.reshape(-1, width).float(), dim=-1).mean().item()
+    return (
+        F.cosine_similarity(before.reshape(-1, width).float(), after.reshape(-1, width).float(), dim=-1).mean().item()
+    )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import networkx as nx
-from torch import fx
-
-from skipc.ir.site import SiteKind
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.ops import (
     ATTENTION,
@@ -25,6 +23,9 @@ from skipc.passes.ops import (
     op_name,
     tensor,
 )
+from torch import fx
+
+from skipc.ir.site import SiteKind
 
 
 def is_heavy(node: fx.Node) -> bool:
@@ -145,8 +146,30 @@ _ZERO_IF_FIRST = (
     CASTS
     | VIEWS
     | frozenset(
-        "div truediv __truediv__ neg abs square sqrt mean sum transpose permute expand getitem gelu silu relu tanh "
-        "rms_norm _fused_rms_norm roll repeat drop_path".split()
+        [
+            "div",
+            "truediv",
+            "__truediv__",
+            "neg",
+            "abs",
+            "square",
+            "sqrt",
+            "mean",
+            "sum",
+            "transpose",
+            "permute",
+            "expand",
+            "getitem",
+            "gelu",
+            "silu",
+            "relu",
+            "tanh",
+            "rms_norm",
+            "_fused_rms_norm",
+            "roll",
+            "repeat",
+            "drop_path",
+        ]
     )
 )
 
@@ -182,15 +205,17 @@ def layers_of(names: Sequence[str], kinds: Sequence[SiteKind]) -> list[int]:
     """Layer of each site of one stream: the first index in its module path where that counts layers, otherwise by
     structure, a layer beginning wherever a kind of sublayer comes again."""
     from_path = [int(m.group(1)) if (m := re.search(r"(?:^|\.)(\d+)(?=\.|$)", n)) else -1 for n in names]
-    steps_up = from_path[0] == 0 and all(0 <= b - a <= 1 for a, b in zip(from_path, from_path[1:], strict=False))
+    steps_up = from_path[0] == 0 and all(0 <= b - a <= 1 for a, b in pairwise(from_path))
     attentions = [n for n, k in zip(from_path, kinds, strict=True) if k == SiteKind.ATTENTION]
     if steps_up and len(set(attentions)) == len(attentions) and len(set(names)) == len(names):
         return from_path
-    layers, layer, seen = [], 0, set()
+    layers: list[int] = []
+    layer = 0
+    seen: set[SiteKind] = set()
     for kind in kinds:
         if kind in seen:
             layer += 1
-            seen = set()
+            seen.clear()
         seen.add(kind)
         layers.append(layer)
     return layers

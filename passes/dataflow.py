@@ -18,10 +18,9 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from torch import fx
-
 from skipc.passes.fx_edit import positions
 from skipc.passes.ops import tensors, written_arguments
+from torch import fx
 
 
 def _storage(value: torch.Tensor) -> int:
@@ -73,7 +72,9 @@ class Dataflow:
         last_write: dict[int, fx.Node] = {}
         readers: dict[int, list[fx.Node]] = defaultdict(list)
         for node in self.nodes:
-            touched = frozenset().union(*(self.storages[a] for a in node.all_input_nodes)) if node.args or node.kwargs else ()
+            touched = (
+                frozenset().union(*(self.storages[a] for a in node.all_input_nodes)) if node.args or node.kwargs else ()
+            )
             for storage in self.written.intersection(touched):
                 if storage in last_write:
                     self.sources[node].add(last_write[storage])

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
-
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.fx_edit import infer_new
 from skipc.passes.ops import op_name, tensor
+from torch import fx
 
 
 class DecomposeFastPaths(Pass):
@@ -51,7 +50,7 @@ class DecomposeFastPaths(Pass):
         return PassResult(matched, matched > 0)
 
 
-def _encoder_layer(node: fx.Node) -> fx.Proxy:
+def _encoder_layer(node: fx.Node) -> Any:
     """The layer in terms of public functions. Positions follow the schema of ``aten::_transformer_encoder_layer_fwd``;
     ``mask`` is true where attention is forbidden; ``mask_type`` 0 is [L, L], 1 is [B, L] over keys, 2 is both."""
     tracer = fx.proxy.GraphAppendingTracer(node.graph)
@@ -62,19 +61,19 @@ def _encoder_layer(node: fx.Node) -> fx.Proxy:
     mask, mask_type = args[18], args[19]
     inside = _Labels(node)
 
-    def attend(y: fx.Proxy) -> fx.Proxy:
+    def attend(y: Any) -> Any:
         thirds = F.linear(y, w_in, b_in).chunk(3, dim=-1)
         q, k, v = (thirds[i].unflatten(-1, (heads, width // heads)).transpose(1, 2) for i in range(3))
         allowed = None
         if mask is not None:
             forbidden = mask.to(torch.bool)
-            if mask_type == 1 or (mask_type is None and len(node.args[18].meta["example_value"].shape) == 2):
+            if mask_type == 1:
                 forbidden = forbidden.unsqueeze(1).unsqueeze(1)
             allowed = torch.logical_not(forbidden)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         return inside("self_attn", F.linear(y.transpose(1, 2).flatten(2), w_out, b_out))
 
-    def feed_forward(y: fx.Proxy) -> fx.Proxy:
+    def feed_forward(y: Any) -> Any:
         y = F.linear(y, w1, b1)
         return inside("linear2", F.linear(F.gelu(y) if use_gelu else F.relu(y), w2, b2))
 
@@ -93,7 +92,7 @@ class _Labels:
     def __init__(self, node: fx.Node):
         self.stack = dict(node.meta.get("nn_module_stack") or {})
 
-    def __call__(self, child: str, value: fx.Proxy) -> fx.Proxy:
+    def __call__(self, child: str, value: Any) -> Any:
         if self.stack:
             key, entry = list(self.stack.items())[-1]
             path, kind = entry if isinstance(entry, tuple) else (entry, None)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from torch import fx
-
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.classify import layers_of, name_of
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.residual import StreamFinder
+from torch import fx
 
 
 class FindSites(Pass):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
-
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import infer, replace_uses_after
 from skipc.passes.ops import out_of_place, tensor, written_arguments
+from torch import fx
 
 
 class FunctionalizeInplace(Pass):

@@ -42,7 +42,11 @@ def infer(node: fx.Node) -> None:
 def infer_new(graph: fx.Graph, inherit: fx.Node) -> None:
     """Infer every node that has no metadata yet, giving it the labels (module, stack trace) of ``inherit``."""
     for node in graph.nodes:
-        if "example_value" in node.meta or node.op in ("placeholder", "output", "get_attr") or node.meta.get("statement"):
+        if (
+            "example_value" in node.meta
+            or node.op in ("placeholder", "output", "get_attr")
+            or node.meta.get("statement")
+        ):
             continue
         for label in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if label in inherit.meta:

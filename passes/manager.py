@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
-
-from skipc.ir.errors import ConfigError, PassError, nearest
 from skipc.passes.base import Pass, PassContext
 from skipc.passes.ops import tensors, written_arguments
 from skipc.passes.pipeline import PIPELINE
+from torch import fx
+
+from skipc.ir.errors import ConfigError, PassError, nearest
 
 log = logging.getLogger("skipc.passes")
 
@@ -64,9 +64,7 @@ class PassManager:
             if result.changed:
                 self._check(gm, kind.name, before, effects)
                 gm.recompile()
-            record = PassRecord(
-                kind.name, elapsed, result.matched, result.changed, len(gm.graph.nodes), result.notes
-            )
+            record = PassRecord(kind.name, elapsed, result.matched, result.changed, len(gm.graph.nodes), result.notes)
             self.records.append(record)
             log.debug("%s: %d matched, %.1f ms", kind.name, result.matched, elapsed)
             for note in result.notes:
@@ -158,5 +156,3 @@ class Dump:
     def write(self, name: str, text: str) -> None:
         """Write one file."""
         (self.folder / name).write_text(text)
-
-

@@ -19,26 +19,108 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 HEAVY = frozenset(
-    "linear matmul __matmul__ mm bmm mv addmm addmv baddbmm addbmm einsum tensordot bilinear inner "
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_depthwise convolution "
-    "scaled_dot_product_attention _transformer_encoder_layer_fwd multi_head_attention_forward flex_attention "
-    "grouped_mm _grouped_mm grouped_mm_fallback scan associative_scan".split()
+    [
+        "linear",
+        "matmul",
+        "__matmul__",
+        "mm",
+        "bmm",
+        "mv",
+        "addmm",
+        "addmv",
+        "baddbmm",
+        "addbmm",
+        "einsum",
+        "tensordot",
+        "bilinear",
+        "inner",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "conv_depthwise",
+        "convolution",
+        "scaled_dot_product_attention",
+        "_transformer_encoder_layer_fwd",
+        "multi_head_attention_forward",
+        "flex_attention",
+        "grouped_mm",
+        "_grouped_mm",
+        "grouped_mm_fallback",
+        "scan",
+        "associative_scan",
+    ]
 )
 ATTENTION = frozenset({"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"})
 SOFTMAX = frozenset({"softmax", "_softmax"})
 MATMUL = frozenset({"matmul", "__matmul__", "bmm", "baddbmm", "einsum"})
 ROUTING = frozenset({"topk", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 TOKEN_MIXING = frozenset(
-    "conv1d conv2d conv3d convolution cumsum cumprod logcumsumexp fft_fft fft_fftn fft_rfft fft_rfft2 fft_fft2 "
-    "scan associative_scan".split()
+    [
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "cumsum",
+        "cumprod",
+        "logcumsumexp",
+        "fft_fft",
+        "fft_fftn",
+        "fft_rfft",
+        "fft_rfft2",
+        "fft_fft2",
+        "scan",
+        "associative_scan",
+    ]
 )
-CASTS = frozenset("to type type_as float half bfloat16 double contiguous clone detach identity alias dropout".split())
-VIEWS = frozenset("view reshape unsqueeze squeeze flatten unflatten view_as _unsafe_view".split())
-SCALES = frozenset("mul __mul__ div truediv __truediv__".split())
+CASTS = frozenset(
+    [
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "contiguous",
+        "clone",
+        "detach",
+        "identity",
+        "alias",
+        "dropout",
+    ]
+)
+VIEWS = frozenset(["view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "_unsafe_view"])
+SCALES = frozenset(["mul", "__mul__", "div", "truediv", "__truediv__"])
 
 _RANDOM = frozenset(
-    "rand randn randint rand_like randn_like randint_like randperm bernoulli bernoulli_ multinomial normal normal_ "
-    "uniform_ exponential_ random_ cauchy_ geometric_ log_normal_ poisson binomial rrelu feature_dropout alpha_dropout".split()
+    [
+        "rand",
+        "randn",
+        "randint",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "randperm",
+        "bernoulli",
+        "bernoulli_",
+        "multinomial",
+        "normal",
+        "normal_",
+        "uniform_",
+        "exponential_",
+        "random_",
+        "cauchy_",
+        "geometric_",
+        "log_normal_",
+        "poisson",
+        "binomial",
+        "rrelu",
+        "feature_dropout",
+        "alpha_dropout",
+    ]
 )
 _IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -173,12 +255,28 @@ def _writes_inside(node: fx.Node) -> bool:
 
 
 _ARITHMETIC = frozenset(
-    "add sub mul div true_divide neg relu silu gelu tanh sigmoid clamp masked_fill addcmul addmm".split()
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "true_divide",
+        "neg",
+        "relu",
+        "silu",
+        "gelu",
+        "tanh",
+        "sigmoid",
+        "clamp",
+        "masked_fill",
+        "addcmul",
+        "addmm",
+    ]
 )
 
 
 def out_of_place(node: fx.Node) -> tuple[str, Any] | None:
-    """The op and target of the out-of-place twin of in-place arithmetic; None for other writes (caches stay in place)."""
+    """The op and target of the out-of-place twin of in-place arithmetic; None for other writes (caches stay so)."""
     if node.op == "call_method":
         base = str(node.target)[:-1]
         return ("call_method", base) if base in _ARITHMETIC else None
@@ -205,7 +303,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def is_statement(node: fx.Node) -> bool:
-    """True for a call made for what it does rather than for its value, other than a write: assertions, mode switches."""
+    """True for a call made for what it does rather than for its value, other than a write: assertions, switches."""
     if node.op != "call_function" or node.users:
         return False
     return node.meta.get("example_value") is None and not written_arguments(node)

@@ -16,15 +16,19 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from torch import fx
-
-from skipc.ir.errors import PassError
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.ops import VIEWS, op_name
 from skipc.passes.residual import Junction
+from torch import fx
 
-_SCOPE_ENTER = frozenset({"_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting", "_enter_autocast"})
-_SCOPE_EXIT = frozenset({"_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement_nesting", "_exit_autocast"})
+from skipc.ir.errors import PassError
+
+_SCOPE_ENTER = frozenset(
+    {"_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting", "_enter_autocast"}
+)
+_SCOPE_EXIT = frozenset(
+    {"_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement_nesting", "_exit_autocast"}
+)
 
 
 @dataclass

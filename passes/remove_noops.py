@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
-
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.ops import argument, is_random, op_name, same_sizes, tensor
+from torch import fx
 
-_ALIAS_IF_SAME = frozenset("to type float half bfloat16 double contiguous type_as identity detach".split())
-_DROPOUTS = frozenset("dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout".split())
+_ALIAS_IF_SAME = frozenset(
+    ["to", "type", "float", "half", "bfloat16", "double", "contiguous", "type_as", "identity", "detach"]
+)
+_DROPOUTS = frozenset(["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"])
 
 
 class RemoveNoops(Pass):

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 
 import networkx as nx
 import torch
+from skipc.passes.classify import is_heavy, kind_of, module_paths
+from skipc.passes.dataflow import Dataflow
+from skipc.passes.ops import CASTS, SCALES, VIEWS, is_add, is_parameter_like, op_name, same_sizes, tensor
 from torch import fx
 from torch._prims_common import is_contiguous_or_false
 
 from skipc.ir.site import Reason, Rejection, SiteKind
-from skipc.passes.classify import is_heavy, kind_of, module_paths
-from skipc.passes.dataflow import Dataflow
-from skipc.passes.ops import CASTS, SCALES, VIEWS, is_add, is_parameter_like, op_name, same_sizes, tensor
-
 
 _MOST_TERMS = 3  # a junction of n terms has 2^n arms
 
@@ -277,7 +276,7 @@ class StreamFinder:
         """Drop what comes after the token axis is gone: a residual head behind the pooled stream."""
         kept = []
         for j in junctions:
-            before, here = j.previous and tensor(j.previous.add), tensor(j.add)
+            before, here = tensor(j.previous.add) if j.previous else None, tensor(j.add)
             assert here is not None
             pooled = before is not None and _tokens_gone(before.shape, here.shape)
             if pooled or (j.previous is not None and j.previous.add in self.rejections):
@@ -333,4 +332,4 @@ def _tokens_gone(before: torch.Size, here: torch.Size) -> bool:
 
 
 def _has_alpha(add: fx.Node) -> bool:
-    return add.kwargs.get("alpha", 1) != 1 or len(add.args) != 2
+    return bool(add.kwargs.get("alpha", 1) != 1) or len(add.args) != 2

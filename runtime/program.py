@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from skipc.ir.errors import PlanError
-from skipc.ir.program import KVPolicy, ProgramSpec, Var
 from skipc.kernels.similarity import stream_similarity
 from skipc.runtime import sessions
 from skipc.runtime.codegen import source_of
+
+from skipc.ir.errors import PlanError
+from skipc.ir.program import KVPolicy, ProgramSpec, Var
 
 Arms = tuple[int, ...]
 RegionFunction = Callable[[list[Any]], Sequence[Any]]
@@ -114,22 +114,35 @@ class Program:
     def measure(self, inputs: Sequence[Any], arms: Arms) -> tuple[tuple[Any, ...], list[Measurement]]:
         """Run step by step with a clock and a similarity for each site. Slower than :meth:`run`, same results."""
         scope = dict(zip(self.spec.inputs, inputs, strict=True))
-        measured = []
+        seconds: list[float] = []
+        streams: list[tuple[tuple[torch.Tensor, int], ...]] = []
         for step, index in zip(self.spec.steps, arms, strict=True):
             arm = step.arms[index]
+            function = self.functions[arm.region] if arm.region is not None else None
+            arguments = [scope[n] for n in arm.inputs]
             _wait(inputs)
             start = time.perf_counter()
-            if arm.region is not None:
-                results = self.functions[arm.region]([scope[n] for n in arm.inputs])
-                scope.update(zip(arm.outputs, results, strict=True))
-            scope.update({name: scope[value] for name, value in arm.copies})
+            results = function(arguments) if function is not None else ()
             _wait(inputs)
-            seconds = time.perf_counter() - start
-            if step.sites:
-                similarity = stream_similarity(*(scope[n] for n in step.stream)) if step.stream else None
-                measured.append(Measurement(step.sites, seconds, similarity))
+            seconds.append(time.perf_counter() - start)
+            scope.update(zip(arm.outputs, results, strict=True))
+            scope.update({name: scope[value] for name, value in arm.copies})
+            points = [scope[n] for n in step.stream or ()]
+            streams.append(tuple((t, 0 if t.is_inference() else t._version) for t in points))
+        measured = [
+            Measurement(step.sites, took, _similarity(stream))  # after all steps: it disturbs no clock
+            for step, took, stream in zip(self.spec.steps, seconds, streams, strict=True)
+            if step.sites
+        ]
         outputs = tuple(scope[v.name] if isinstance(v, Var) else v for v in self.spec.outputs)
         return (outputs if arms is self.exact else self._unshared(inputs, outputs)), measured
+
+
+def _similarity(stream: tuple[tuple[torch.Tensor, int], ...]) -> float | None:
+    """Similarity of two points of a stream, given with their versions; None if one was written since."""
+    if len(stream) != 2 or any(not t.is_inference() and t._version != version for t, version in stream):
+        return None
+    return stream_similarity(stream[0][0], stream[1][0])
 
 
 def _wait(inputs: Iterable[Any]) -> None:

@@ -1,11 +1,12 @@
 """Sessions: what a compiled model does for one request, or one batch of requests.
 
-A session is in force in the thread (or asyncio task) that opened it, for the model that it was opened on, until its ``with`` block ends.
-It never lapses in silence: what cannot be honoured raises.
+A session is in force in the thread (or asyncio task) that opened it, for the model that it was opened on, until its
+``with`` block ends. It never lapses in silence: what cannot be honoured raises.
 """
 
 from __future__ import annotations
 
+import statistics
 import threading
 import warnings
 import weakref
@@ -133,7 +134,7 @@ class Session:
             self.parameters = _parameters(self.model)  # weights may have been replaced since
         return self.parameters.issuperset(parameters)
 
-    # -- calls ----------------------------------------------------------------------------------------------------------
+    # -- calls --------------------------------------------------------------------------------------------------------
 
     def call(self, program: Program, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Run ``program`` as this session asks."""
@@ -172,7 +173,7 @@ class Session:
             for name in m.sites:
                 totals.setdefault(name, []).append(m)
         for name, found in totals.items():
-            stats.seconds[name] = sum(m.seconds for m in found) / len(found)
+            stats.seconds[name] = statistics.median(m.seconds for m in found)
             similar = [m.similarity for m in found if m.similarity is not None]
             if similar:
                 stats.similarity[name] = sum(similar) / len(similar)

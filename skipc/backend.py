@@ -125,7 +125,10 @@ def refusal(gm: fx.GraphModule) -> FallbackReason | None:
     plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, torch._subclasses.FakeTensor)
     if any(type(t) not in plain for t in made if not torch._C._functorch.is_functorch_wrapped_tensor(t)):
         return FallbackReason.SUBCLASS
-    if any(op_name(n) == "_enter_inference_mode" or (op_name(n) == "_set_grad_enabled" and n.args != (False,)) for n in nodes):
+    if any(
+        op_name(n) == "_enter_inference_mode" or (op_name(n) == "_set_grad_enabled" and n.args != (False,))
+        for n in nodes
+    ):
         return FallbackReason.MODES
     if any(isinstance(getattr(gm, str(n.target), None), torch.nn.Parameter) for n in nodes if n.op == "get_attr"):
         return FallbackReason.FROZEN

@@ -20,7 +20,13 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("skipc-out"), show_default=True, help="Folder for picture and figures.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("skipc-out"),
+    show_default=True,
+    help="Folder for picture and figures.",
+)
 @click.option("--tokens", default=48, show_default=True, help="Tokens to generate.")
 @click.option("--threads", type=int, help="Threads of torch; at most 2 by default.")
 def demo(out: Path, tokens: int, threads: int | None) -> None:
@@ -93,7 +99,9 @@ def passes_markdown() -> str:
         first = " ".join(doc.split("\n\n")[0].split())
         off = f'`options={{"disable_passes": ("{kind.name}",)}}`' if kind.optional else "no"
         rows.append(f"| `{kind.name}` | {first} | {off} |")
-        body = [("    " + line[4:] if line.startswith("    ") else line.replace("::", ":")) for line in doc.splitlines()]
+        body = [
+            ("    " + line[4:] if line.startswith("    ") else line.replace("::", ":")) for line in doc.splitlines()
+        ]
         details += ["", f"## {kind.name}", "", *body]
     return "\n".join([*rows, *details]) + "\n"
 

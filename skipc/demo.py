@@ -16,6 +16,7 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from skipc.calibration.measure import SiteMeasurement, english_text, measure_sites, perplexity, token_windows
+from skipc.dynamo import compile_isolated
 from skipc.model import CompiledModel
 from skipc.model import compile as compile_model
 from skipc.smollm2 import load_smollm2
@@ -44,11 +45,13 @@ def main(out: Path, new_tokens: int = 48, threads: int | None = None) -> dict[st
     console.rule("skipc demo")
     console.print(f"SmolLM2-135M-Instruct, fp32, batch 1, static cache, {torch.get_num_threads()} threads")
     model, tokenizer = load_smollm2()
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, tokenize=False)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, tokenize=False
+    )
     prompt = tokenizer(chat, return_tensors="pt").input_ids
     with torch.no_grad():
         _start_inductor()
-        inductor = torch.compile(model, isolate_recompiles=True)
+        inductor = compile_isolated(model)
         compiled = compile_model(model, fullgraph=True, on_error="raise")
         runs = [Run("Inductor", inductor), Run("skipc, nothing skipped", compiled)]
         for run in runs:
@@ -106,7 +109,7 @@ def _cold(call: Callable[..., Any], model: Any, prompt: torch.Tensor, new_tokens
 
 
 def _with_skips(compiled: CompiledModel, tokenizer: Any, runs: list[Run]) -> tuple[list[SiteMeasurement], list[Run]]:
-    """Measure every site on one half of the text, choose the cheapest losses, and judge them on the other half."""
+    """Measure every site on one half of the text, choose by loss for each millisecond saved, judge on the other half."""
     text = english_text()
     half = len(text) // 2
     calibration = token_windows(tokenizer, text[:half], 256, 2)
@@ -114,11 +117,19 @@ def _with_skips(compiled: CompiledModel, tokenizer: Any, runs: list[Run]) -> tup
     with console.status("compiling the scoring pass ..."):
         perplexity(compiled, held_out[:1])
     sites = measure_sites(
-        compiled, calibration, lambda s: track(s, "skipping each site in turn, without recompiling", console=console)
+        compiled,
+        calibration,
+        lambda s: track(s, "skipping each site in turn, without recompiling", console=console),
     )
-    order = sorted(sites, key=lambda s: s.loss)
+    order = sorted(sites, key=lambda s: max(s.loss, 0.0) / max(s.saved, 1e-3))  # loss for each millisecond saved
     for count in (2, 4, 8):
-        runs.append(Run(f"skipc, {count} of {len(sites)} sites skipped", compiled, frozenset(s.name for s in order[:count])))
+        runs.append(
+            Run(
+                f"skipc, {count} of {len(sites)} sites skipped",
+                compiled,
+                frozenset(s.name for s in order[:count]),
+            )
+        )
     with Progress(console=console, transient=True) as progress:
         for run in progress.track(runs[1:], description="perplexity on held-out text"):
             with _session(run):
@@ -150,7 +161,15 @@ def _time(runs: list[Run], model: Any, prompt: torch.Tensor, new_tokens: int) ->
 def _tables(runs: list[Run], sites: list[SiteMeasurement], tokenizer: Any) -> None:
     base = runs[0]
     table = Table(title="Prompt: " + PROMPT)
-    for column in ("", "cold compile", "ms per token", "against Inductor", "tokens as Inductor", "perplexity", "ratio"):
+    for column in (
+        "",
+        "cold compile",
+        "ms per token",
+        "against Inductor",
+        "tokens as Inductor",
+        "perplexity",
+        "ratio",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     assert base.perplexity is not None
     for run in runs:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from skipc.backend import build_outline, config_from, graph_break_of, refusal
+from skipc.dynamo import compile_isolated
 from skipc.ir.config import Config
 from skipc.ir.errors import NoResidualStreamError
 from skipc.ir.program import ProgramSpec
@@ -107,8 +108,7 @@ def explain(model: torch.nn.Module, *args: Any, config: Config | None = None, **
         graphs.append(_explain_graph(gm, config))
         return gm.forward
 
-    # Isolated: entries of this trace never mix with those of a compiled model of the same class.
-    traced = torch.compile(model, backend=capture, isolate_recompiles=True)
+    traced = compile_isolated(model, backend=capture)
     with torch.no_grad():
         traced(*args, **kwargs)
     return Explanation(tuple(graphs), config)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from skipc.backend import skipc as backend
+from skipc.dynamo import compile_isolated
 from skipc.ir.config import Config
 from skipc.ir.errors import AlreadyCompiledError, ConfigError, FallbackError
 from skipc.ir.program import KVPolicy
@@ -19,6 +20,14 @@ from skipc.runtime import sessions
 from skipc.runtime.sessions import Session
 
 log = logging.getLogger("skipc")
+
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 class CompiledModel:
@@ -35,19 +44,10 @@ class CompiledModel:
         self.refresh()
 
     def refresh(self) -> None:
-        """Forget what was compiled; the next call compiles anew. Needed after edits that nothing can see, such as new code
-        for a method; replaced or edited weights, changed submodules and forward hooks are noticed."""
+        """Forget what was compiled; the next call compiles anew. Needed after edits that nothing can see, such as
+        new code for a method; replaced or edited weights, changed submodules and forward hooks are noticed."""
         options = self.config.model_dump()
-        # `isolate_recompiles`: every handle has compilations of its own, so that two models of one class, or one model
-        # under two configs, never spend each other's recompile limit.
-        self._function = torch.compile(
-            self.model,
-            backend=backend,
-            options=options,
-            isolate_recompiles=True,
-            recompile_limit=64,  # beyond it Dynamo runs eager in silence; batch sizes and cache types add up
-            **self._compile_options,
-        )
+        self._function = compile_isolated(self.model, backend=backend, options=options, **self._compile_options)
         self._modules = list(self.model.named_modules())
         self._hooks = self._hook_state()
         self._generator: torch.nn.Module | None = None
@@ -90,14 +90,14 @@ class CompiledModel:
         """A shallow twin of the model, sharing all its weights, whose forward is this compiled model. The twin runs no
         hooks of its own: the model does, inside."""
         twin = copy.copy(self.model)
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-                     "_forward_pre_hooks_with_kwargs"):  # fmt: skip
+        for name in _HOOK_TABLES:
             twin.__dict__[name] = OrderedDict()
         twin.__dict__["forward"] = self._forward_like(self.model)
         return twin
 
     def _forward_like(self, model: torch.nn.Module) -> Any:
         """``self`` as a function with the signature of the model's forward, which ``generate`` inspects."""
+
         @functools.wraps(model.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self(*args, **kwargs)
@@ -108,7 +108,7 @@ class CompiledModel:
         return tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for _, m in self._modules)
 
     def _check_hooks(self) -> None:
-        """Dynamo does not guard on hooks (``torch._dynamo.config.skip_nnmodule_hook_guards``), so skipc looks itself."""
+        """Dynamo does not guard on hooks (``torch._dynamo.config.skip_nnmodule_hook_guards``), so skipc does."""
         state = self._hook_state()
         if state != self._hooks:
             names = [n or "the model" for (n, _), a, b in zip(self._modules, state, self._hooks, strict=True) if a != b]
@@ -140,9 +140,7 @@ def compile(model: torch.nn.Module, config: Config | None = None, **options: Any
     return CompiledModel(model, config or Config(**options), **compile_options)
 
 
-def session(
-    function: Any, *, skip: Iterable[str] = (), kv: KVPolicy | None = None, measure: bool = False
-) -> Session:
+def session(function: Any, *, skip: Iterable[str] = (), kv: KVPolicy | None = None, measure: bool = False) -> Session:
     """A session on what ``torch.compile(..., backend="skipc")`` returned, or on a module after ``m.compile(...)``.
 
     On a compiled plain function the session governs every compiled call of this thread.

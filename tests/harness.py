@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import fx
-from torch.utils import _pytree as pytree
-
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.manager import PassManager, copy_graph, signature
 from skipc.passes.ops import op_name
+from torch import fx
+from torch.utils import _pytree as pytree
 
 STRICT = {"on_error": "raise"}
 

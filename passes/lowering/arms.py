@@ -8,13 +8,13 @@ from itertools import combinations
 
 import sympy
 import torch
+from skipc.passes.ops import is_statement, same_sizes, tensor
+from skipc.passes.partition import Partition, Slot
+from skipc.passes.residual import Term
 from torch import fx
 from torch._prims_common import is_contiguous_or_false
 
 from skipc.ir.program import KVPolicy
-from skipc.passes.ops import is_statement, same_sizes, tensor
-from skipc.passes.partition import Partition, Slot
-from skipc.passes.residual import Term
 
 
 @dataclass
@@ -80,11 +80,10 @@ class ArmBuilder:
         return [
             e
             for e in self.escapes(slot)
-            if self.flow.depends(e, slot.entry)
-            and any(e in t.branch or self.flow.depends(t.value, e) for t in skipped)
+            if self.flow.depends(e, slot.entry) and any(e in t.branch or self.flow.depends(t.value, e) for t in skipped)
         ]
 
-    # -- one arm --------------------------------------------------------------------------------------------------------
+    # -- one arm ------------------------------------------------------------------------------------------------------
 
     def build(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> ArmGraph:
         """The arm of ``slot`` without the terms of ``skipped``."""
@@ -108,7 +107,6 @@ class ArmBuilder:
             if escape not in self.flow.writes:
                 return "the caller or another layer keeps its keys and values"
         return None
-
 
     @staticmethod
     def _without(slot: Slot, skipped: list[Term]) -> dict[fx.Node, fx.Node]:

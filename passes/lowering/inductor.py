@@ -49,7 +49,7 @@ def config_patches(config: Config) -> dict[str, Any]:
             close = nearest(name, known)
             raise ConfigError(f"Inductor has no option {key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
         patches[name] = value
-    # Regions hand each other fresh tensors, which CUDA graphs would have to copy in: one graph a plan is part of a later
+    # Regions hand each other fresh tensors, which CUDA graphs would have to copy in. One graph a plan comes in a later
     # release. Until then, modes that ask for CUDA graphs run without.
     patches.pop("triton.cudagraphs", None)
     return patches
@@ -62,7 +62,8 @@ def compile_whole(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     patches = config_patches(config)
     if config.mode in ("reduce-overhead", "max-autotune"):
         patches.update(torch._inductor.list_mode_options(config.mode))
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    whole: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    return whole
 
 
 def compile_region(gm: fx.GraphModule, config: Config) -> Compiled:
@@ -86,7 +87,7 @@ def compile_region(gm: fx.GraphModule, config: Config) -> Compiled:
     # Inductor's own cache, which holds the costly part, stays on.
     context = TracingContext(mode)
     with tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
-        compiled = compile_fx(gm, values, inner_compile=keep_inner, config_patches=config_patches(config))
+        compiled: Any = compile_fx(gm, values, inner_compile=keep_inner, config_patches=config_patches(config))
     function = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None
     if function is not None and _wrapper_does_nothing(context.fw_metadata, values):
         return _direct(function, context.fw_metadata)

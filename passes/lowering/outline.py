@@ -17,12 +17,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from skipc.ir.config import Config
-from skipc.ir.program import Arm, ProgramSpec, RegionInfo, Step, Var
-from skipc.ir.site import Site, SiteKind
 from skipc.passes.classify import is_heavy
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import fake_mode_of
@@ -32,8 +26,14 @@ from skipc.passes.lowering.structure import structure_of, translate
 from skipc.passes.ops import VIEWS, is_parameter_like, op_name
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-_FREE = VIEWS | frozenset("getitem expand transpose permute size add_ arange add to sub".split())
+from skipc.ir.config import Config
+from skipc.ir.program import Arm, ProgramSpec, RegionInfo, Step, Var
+from skipc.ir.site import Site, SiteKind
+
+_FREE = VIEWS | frozenset(["getitem", "expand", "transpose", "permute", "size", "add_", "arange", "add", "to", "sub"])
 
 
 @dataclass
@@ -86,7 +86,9 @@ class Outline:
         output = next(iter(reversed(gm.graph.nodes)))
         self.spec = ProgramSpec(
             inputs=tuple(self.names[n] for n in placeholders),
-            steps=_with_releases(steps, {self.names[n] for n in output.all_input_nodes}, {self.names[n] for n in placeholders}),
+            steps=_with_releases(
+                steps, {self.names[n] for n in output.all_input_nodes}, {self.names[n] for n in placeholders}
+            ),
             outputs=tuple(self._output(v) for v in output.args[0]),  # type: ignore[union-attr]
             sites=self._sites(),
             parameters=tuple(i for i, n in enumerate(placeholders) if is_parameter_like(n)),
@@ -148,7 +150,9 @@ class Outline:
                 self.regions[index].calls += 1
                 self._symbols_of_call.append((index, symbols))
                 return index
-        kinds = "_".join(t.kind.value for t in slot.junction.terms if t.name not in arm.skipped) if slot.junction else ""
+        kinds = (
+            "_".join(t.kind.value for t in slot.junction.terms if t.name not in arm.skipped) if slot.junction else ""
+        )
         if arm.skipped:
             assert slot.junction is not None
             gone = "_".join(t.kind.value for t in slot.junction.terms if t.name in arm.skipped)
@@ -204,8 +208,7 @@ class Outline:
             self._compile(region, config)
         self._check_shared_guards()
         self.spec = replace(self.spec, regions=tuple(r.info() for r in self.regions))
-        functions = [r.function for r in self.regions]
-        return functions  # type: ignore[return-value]
+        return [r.function for r in self.regions if r.function is not None]
 
     def _compile(self, region: Region, config: Config) -> None:
         if region.interpreted:
@@ -248,7 +251,7 @@ def _copied(graph: fx.Graph) -> fx.Graph:
 
 def _written_name(write: fx.Node) -> str:
     target = write.args[0]
-    source = getattr(getattr(target, "_dynamo_source", None), "name", None) or getattr(target, "name", str(target))
+    source = str(getattr(getattr(target, "_dynamo_source", None), "name", None) or getattr(target, "name", target))
     return re.sub(r"^\['([^']*)'\]", r"\1", re.sub(r"^L\['(?:kwargs|args|self)'\]\.?", "", source))
 
 
@@ -260,7 +263,18 @@ def _unused(wish: str, taken: set[str], joint: str) -> str:
 def _variable_names(graph: fx.Graph, partition: Partition) -> dict[fx.Node, str]:
     """Readable, unique Python names: module paths for weights, ``x0, x1, ...`` for the points of the stream."""
     names: dict[fx.Node, str] = {}
-    used = {"program", "inputs", "arms", "arm", "constants", "prologue", "tail", *SiteKind, *dir(builtins), *keyword.kwlist}
+    used = {
+        "program",
+        "inputs",
+        "arms",
+        "arm",
+        "constants",
+        "prologue",
+        "tail",
+        *SiteKind,
+        *dir(builtins),
+        *keyword.kwlist,
+    }
 
     def claim(node: fx.Node, wish: str) -> None:
         wish = re.sub(r"\W+", "_", wish).strip("_") or "value"
@@ -292,6 +306,9 @@ def _with_releases(steps: list[Step], kept: set[str], inputs: set[str]) -> tuple
             for name in (*arm.inputs, *arm.outputs, *(n for pair in arm.copies for n in pair)):
                 last[name] = i
     return tuple(
-        replace(step, releases=tuple(sorted(n for n, at in last.items() if at == i and n not in kept and n not in inputs)))
+        replace(
+            step,
+            releases=tuple(sorted(n for n, at in last.items() if at == i and n not in kept and n not in inputs)),
+        )
         for i, step in enumerate(steps)
     )

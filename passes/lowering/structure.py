@@ -20,7 +20,7 @@ def structure_of(graph: fx.Graph, owner: torch.nn.Module) -> tuple[str, list[sym
     for i, node in enumerate(graph.nodes):
         names[node] = f"%{i}"
         target = _target(node, owner)
-        arguments = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Name(names[n]))
+        arguments = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Name(names[n]))  # type: ignore[arg-type,return-value]
         line = f"%{i} {node.op} {target} {_literal(arguments, symbols)}"
         if node.op == "placeholder":
             line += " : " + _value(node.meta.get("example_value"), symbols, storages)

@@ -52,6 +52,7 @@ class SiteMeasurement:
     kind: str
     layer: int
     milliseconds: float  # one call at the measured length
+    saved: float  # milliseconds of it that skipping saves: under kv="project", keys and values are still computed
     similarity: float  # fp32 cosine of the residual stream before and after the site, mean over tokens
     loss: float  # perplexity without the site over perplexity with it, minus 1
 
@@ -71,14 +72,16 @@ def measure_sites(
     stats = session.stats()
     measured = []
     for site in progress(sites.sites) if progress else sites.sites:
-        with compiled.session(skip={site.name}):
+        with compiled.session(skip={site.name}, measure=True) as skipping:
             without = perplexity(compiled, windows)
+        took = stats.seconds[site.name] * 1e3
         measured.append(
             SiteMeasurement(
                 site.name,
                 site.kind.value,
                 site.layer,
-                stats.seconds[site.name] * 1e3,
+                took,
+                took - skipping.stats().seconds[site.name] * 1e3,
                 stats.similarity.get(site.name, math.nan),
                 without / base - 1,
             )

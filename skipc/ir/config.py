@@ -26,7 +26,8 @@ class Config(BaseModel):
         "off: plain Inductor.",
     )
     lowering: Literal["outline"] = Field(
-        "outline", description="How the graph becomes a program. outline: one compiled region per distinct sublayer."
+        "outline",
+        description="How the graph becomes a program. outline: one compiled region per distinct sublayer.",
     )
     kv: Literal["project", "none"] = Field(
         "project",
@@ -41,7 +42,8 @@ class Config(BaseModel):
     )
     mode: str | None = Field(None, description="An Inductor mode, as in torch.compile(mode=...).")
     inductor: dict[str, Any] = Field(
-        default_factory=dict, description="Inductor options for every region, as in torch.compile(options=...)."
+        default_factory=dict,
+        description="Inductor options for every region, as in torch.compile(options=...).",
     )
 
     def __init__(self, **options: Any):

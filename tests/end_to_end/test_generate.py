@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from skipc.runtime import sessions
 from transformers import CompileConfig
 
 import skipc
-from skipc.runtime import sessions
 from tests.harness import STRICT, eager_skip
 from tests.models.zoo import ZOO
 

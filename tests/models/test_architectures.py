@@ -68,7 +68,11 @@ def test_random_subsets_equal_hooks(case: Case) -> None:
 
 def test_batch_of_one_and_other_length(case: Case) -> None:
     inputs = {
-        k: v[:1, ..., :-1] if isinstance(v, torch.Tensor) and v.dim() == 2 else v[:1] if isinstance(v, torch.Tensor) else v
+        k: v[:1, ..., :-1]
+        if isinstance(v, torch.Tensor) and v.dim() == 2
+        else v[:1]
+        if isinstance(v, torch.Tensor)
+        else v
         for k, v in case.inputs.items()
     }
     double_inputs = {
@@ -81,13 +85,19 @@ def test_shared_module_counts_its_runs() -> None:
     """ALBERT runs one module for all layers: later sites are numbered."""
     from transformers import AlbertConfig, AlbertModel
 
-    config = AlbertConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
+    config = AlbertConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                          vocab_size=96,
                           embedding_size=32)  # fmt: skip
     model = AlbertModel(config).eval()
     inputs = {"input_ids": torch.randint(3, 96, (2, 7))}
     compiled = skipc.compile(model, fullgraph=True, **STRICT)
     base = "encoder.albert_layer_groups.0.albert_layers.0"
-    names = [f"{base}.attention.dense", f"{base}.ffn_output", f"{base}.attention.dense#2", f"{base}.ffn_output#2"]
+    names = [
+        f"{base}.attention.dense",
+        f"{base}.ffn_output",
+        f"{base}.attention.dense#2",
+        f"{base}.ffn_output#2",
+    ]
     assert skipc.find_sites(model, **inputs).names == names
     double, double_inputs = in_double(model, inputs)
     compiled(**inputs)

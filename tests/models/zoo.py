@@ -15,7 +15,7 @@ VOCAB = 96
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model, inputs for one call, and its sites: (name with ``{}`` for the layer, kind) of one layer of each stream."""
+    """A model, inputs for one call, and its sites: (name with ``{}`` for the layer, kind) of a layer of each stream."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
@@ -34,7 +34,7 @@ def _hf(config: str, model: str, **settings: Any) -> Callable[[], nn.Module]:
         torch.manual_seed(0)
         built = getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
         with torch.no_grad():  # zero-initialised biases and unit norms would hide what a skip must keep
-            for name, parameter in built.named_parameters():
+            for parameter in built.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
         return built
@@ -131,10 +131,12 @@ def _torch_encoder(**settings: Any) -> Callable[[], nn.Module]:
     return build
 
 
-_base = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB,
+_base = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "vocab_size": VOCAB,
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
 _gqa = {**_base, "num_key_value_heads": 2}
-_seq2seq = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+_seq2seq = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
             "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1,
             "eos_token_id": 2, "decoder_start_token_id": 1}  # fmt: skip
 _llama_sites = ((("model.layers.{}.self_attn", "attention"), ("model.layers.{}.mlp", "mlp")),)
@@ -149,7 +151,8 @@ ZOO: dict[str, Architecture] = {
     ),
     "phi3": Architecture(_hf("Phi3Config", "Phi3ForCausalLM", **_gqa), _text, _llama_sites),
     "gpt2": Architecture(
-        _hf("GPT2Config", "GPT2LMHeadModel", n_embd=64, n_layer=2, n_head=4, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2),
+        _hf("GPT2Config", "GPT2LMHeadModel", n_embd=64, n_layer=2, n_head=4, vocab_size=VOCAB, bos_token_id=1,
+            eos_token_id=2),
         _text,
         ((("transformer.h.{}.attn", "attention"), ("transformer.h.{}.mlp", "mlp")),),
     ),
@@ -187,7 +190,10 @@ ZOO: dict[str, Architecture] = {
             vocab_size=VOCAB, decoder_start_token_id=0),
         _pair,
         (
-            (("encoder.block.{}.layer.0.SelfAttention", "attention"), ("encoder.block.{}.layer.1.DenseReluDense", "mlp")),
+            (
+                ("encoder.block.{}.layer.0.SelfAttention", "attention"),
+                ("encoder.block.{}.layer.1.DenseReluDense", "mlp"),
+            ),
             (
                 ("decoder.block.{}.layer.0.SelfAttention", "attention"),
                 ("decoder.block.{}.layer.1.EncDecAttention", "cross_attention"),
@@ -249,7 +255,9 @@ BEYOND: dict[str, Architecture] = {
     ),
     "cohere": Architecture(_hf("CohereConfig", "CohereForCausalLM", **_gqa), _text, _llama_sites),
     "olmo2": Architecture(_hf("Olmo2Config", "Olmo2ForCausalLM", **_gqa), _text, _llama_sites),
-    "granite": Architecture(_hf("GraniteConfig", "GraniteForCausalLM", residual_multiplier=0.22, **_gqa), _text, _llama_sites),
+    "granite": Architecture(
+        _hf("GraniteConfig", "GraniteForCausalLM", residual_multiplier=0.22, **_gqa), _text, _llama_sites
+    ),
     "qwen2_moe": Architecture(
         _hf("Qwen2MoeConfig", "Qwen2MoeForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
             shared_expert_intermediate_size=32, decoder_sparse_step=1, **_gqa),

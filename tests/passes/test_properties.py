@@ -5,22 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import skipc.passes.lowering.outline as outline
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import skipc.passes.lowering.outline as outline
 from tests.harness import check_model
 
 D, T = 8, 4
 
 # What a generated model may do between two additions, and how it adds. Each is a statement on `x` (the stream), `c` (a
 # cache given by the caller), `n` (a value shared by later layers) and `i` (the layer).
-ADD = ("x + f(x)", "f(x) + x", "x += f(x)", "x.add_(f(x))", "norm(x + f(x))", "x * 1.5 + f(x)", "x + f(x) * 0.5", "parallel",
+ADD = ("x + f(x)", "f(x) + x", "x += f(x)", "x.add_(f(x))", "norm(x + f(x))", "x * 1.5 + f(x)", "x + f(x) * 0.5",
+       "parallel",
        "x + norm(f(x))", "x + f(n)", "alpha")  # fmt: skip
-EXTRA = ("nothing", "cache", "early view", "reshape", "write row", "write view", "share", "return", "return view", "scale", "mask")
+EXTRA = (
+    "nothing",
+    "cache",
+    "early view",
+    "reshape",
+    "write row",
+    "write view",
+    "share",
+    "return",
+    "return view",
+    "scale",
+    "mask",
+)
 
 
 class Random(nn.Module):

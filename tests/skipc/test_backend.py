@@ -9,9 +9,9 @@ import textwrap
 
 import pytest
 import torch
+from skipc.runtime import sessions
 
 import skipc
-from skipc.runtime import sessions
 from tests.harness import STRICT, assert_no_further, eager_skip
 from tests.models.zoo import ZOO, HandWritten, ids
 
@@ -90,9 +90,9 @@ def test_preset_off_and_lone_mode() -> None:
     with pytest.raises(Exception, match="no Inductor mode is called 'fastest'"):
         torch.compile(model, backend="skipc", mode="fastest", isolate_recompiles=True)(tokens)
     with pytest.raises(Exception, match=r"Inductor has no option 'max_autotun'.*max_autotune"):
-        torch.compile(
-            model, backend="skipc", options={"inductor": {"max_autotun": True}}, isolate_recompiles=True
-        )(tokens)
+        torch.compile(model, backend="skipc", options={"inductor": {"max_autotun": True}}, isolate_recompiles=True)(
+            tokens
+        )
 
 
 def test_equal_layers_are_compiled_once() -> None:
@@ -116,4 +116,8 @@ def test_bfloat16() -> None:
     low = copy.deepcopy(model).to(torch.bfloat16)
     double = copy.deepcopy(low).double()
     truth = double(tokens, use_cache=False).logits
-    assert_no_further(truth, low(tokens, use_cache=False).logits, skipc.compile(low, **STRICT)(tokens, use_cache=False).logits)
+    assert_no_further(
+        truth,
+        low(tokens, use_cache=False).logits,
+        skipc.compile(low, **STRICT)(tokens, use_cache=False).logits,
+    )

@@ -36,7 +36,11 @@ def test_grad_falls_back_with_gradients(model: nn.Module, caplog: pytest.LogCapt
         out.sum().backward()
     assert "gradients are enabled" in caplog.text
     assert model.head.weight.grad is not None
-    with torch.enable_grad(), pytest.raises(skipc.FallbackError, match="gradients"), compiled.session(skip={"blocks.0.mlp"}):
+    with (
+        torch.enable_grad(),
+        pytest.raises(skipc.FallbackError, match="gradients"),
+        compiled.session(skip={"blocks.0.mlp"}),
+    ):
         compiled(ids())
     torch.testing.assert_close(compiled(ids()), model(ids()))  # and without gradients, skipc again
 
@@ -90,7 +94,10 @@ def test_unknown_option_and_pass(model: nn.Module) -> None:
 
 def test_unknown_site_before_and_after_compiling(model: nn.Module) -> None:
     compiled = skipc.compile(model, **STRICT)
-    with pytest.raises(skipc.UnknownSiteError, match=r"blocks\.0\.mlp"), compiled.session(skip={"blocks.0.mpl"}):
+    with (
+        pytest.raises(skipc.UnknownSiteError, match=r"blocks\.0\.mlp"),
+        compiled.session(skip={"blocks.0.mpl"}),
+    ):
         compiled(ids())
     with pytest.raises(skipc.UnknownSiteError, match="did you mean"):
         compiled.session(skip={"blocks.0.mpl"})

@@ -15,7 +15,9 @@ def test_unknown_option_names_the_nearest() -> None:
         skipc.Config(presets="exact")
 
 
-@pytest.mark.parametrize("bad", [{"preset": "fastest"}, {"kv": "keep"}, {"on_error": 3}, {"disable_passes": "remove_noops"}])
+@pytest.mark.parametrize(
+    "bad", [{"preset": "fastest"}, {"kv": "keep"}, {"on_error": 3}, {"disable_passes": "remove_noops"}]
+)
 def test_bad_values_name_the_option(bad: dict[str, object]) -> None:
     with pytest.raises(skipc.ConfigError, match=next(iter(bad))):
         skipc.Config(**bad)

@@ -56,7 +56,9 @@ def test_commands_run(command: list[str]) -> None:
 
 
 def test_explain_command(tmp_path: object) -> None:
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     result = CliRunner().invoke(main, ["explain", str(tmp_path), "--program"])
     assert result.exit_code == 0, result.output
