@@ -33,24 +33,23 @@ class FunctionalizeInplace(Pass):
     name = "functionalize_inplace"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        matched, start = 0, 0
-        while (found := self._next(gm.graph, start)) is not None:
-            start, changed = found
-            matched += changed
+        matched = 0
+        candidates = [n for n in gm.graph.nodes if written_arguments(n) and out_of_place(n) is not None]
+        flow = Dataflow(gm.graph) if candidates else None
+        for node in candidates:
+            assert flow is not None
+            if self._rewrite(gm.graph, node, flow):
+                matched += 1
+                flow = Dataflow(gm.graph)  # a rewrite changes who shares storage with whom
         return PassResult(matched, matched > 0)
 
-    def _next(self, graph: fx.Graph, start: int) -> tuple[int, bool] | None:
-        """Look at the first write at or behind position ``start``: where to go on, and whether it was rewritten. The
-        dependences are derived anew each time, because a rewrite changes who shares storage with whom."""
-        flow = Dataflow(graph)
-        node = next((n for n in flow.writes if flow.order[n] >= start), None)
-        if node is None:
-            return None
+    def _rewrite(self, graph: fx.Graph, node: fx.Node, flow: Dataflow) -> bool:
+        """Replace ``node`` by its out-of-place twin, if that changes nothing that anyone sees."""
         base, twin = node.args[0] if node.args else None, out_of_place(node)
         if twin is None or not isinstance(base, fx.Node) or written_arguments(node) != [base]:
-            return flow.order[node] + 1, False
+            return False
         if flow.storages[base] & flow.input_storages or not self._only_by_name(node, base, flow):
-            return flow.order[node] + 1, False
+            return False
         with graph.inserting_before(node):
             new = graph.create_node(*twin, *self._arguments(node, twin[1]))
         new.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
@@ -59,14 +58,14 @@ class FunctionalizeInplace(Pass):
         same = before is not None and after is not None and before.dtype == after.dtype
         if not same or str(before.shape) != str(after.shape) or written_arguments(new):  # type: ignore[union-attr]
             graph.erase_node(new)
-            return flow.order[node] + 1, False
+            return False
         replace_uses_after(node, base, new, flow.order)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         for later in flow.nodes[flow.order[node] + 1 :]:  # views of the sum are views of the new value now
             if later.op != "output" and flow.storages[later] & flow.storages[base]:
                 infer(later)
-        return flow.order[node], True
+        return True
 
     @staticmethod
     def _arguments(node: fx.Node, target: object) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -55,9 +55,8 @@ class PassManager:
         gm = copy_graph(gm)
         if self.dump:
             self.dump.graph(gm, "input", "as handed over by Dynamo")
+        before, effects = signature(gm.graph), _count_effects(gm.graph)
         for kind in self.passes:
-            before = signature(gm.graph)
-            effects = sum(1 for n in gm.graph.nodes if _writes_input(n))
             start = time.perf_counter()
             result = kind().run(gm, self.ctx)
             elapsed = (time.perf_counter() - start) * 1e3
@@ -83,7 +82,7 @@ class PassManager:
             raise PassError(f"{name} left a malformed graph: {error}") from error
         if signature(gm.graph) != before:
             raise PassError(f"{name} changed the inputs or outputs of the graph")
-        if sum(1 for n in gm.graph.nodes if _writes_input(n)) < effects:
+        if _count_effects(gm.graph) < effects:
             raise PassError(f"{name} dropped a write to an input")
         for node in gm.graph.nodes:
             if node.op in ("call_function", "call_method") and "example_value" not in node.meta and node.users:
@@ -117,8 +116,8 @@ def signature(graph: fx.Graph) -> list[Any]:
     return seen
 
 
-def _writes_input(node: fx.Node) -> bool:
-    return any(arg.op == "placeholder" for arg in written_arguments(node))
+def _count_effects(graph: fx.Graph) -> int:
+    return sum(any(arg.op == "placeholder" for arg in written_arguments(n)) for n in graph.nodes)
 
 
 def _enabled(passes: tuple[type[Pass], ...], disabled: tuple[str, ...]) -> tuple[type[Pass], ...]:

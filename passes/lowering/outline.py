@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -49,7 +50,7 @@ class Region:
     function: Compiled | None = None
     seconds: float = 0.0
 
-    @property
+    @cached_property
     def interpreted(self) -> bool:
         """Run as it is, without Inductor: because it does so little that calling Inductor's code would cost more (views
         and counters), or because it writes to an input that another input overlaps (AOTAutograd would need to know how
