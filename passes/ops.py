@@ -166,8 +166,10 @@ def tensor(node: Any) -> torch.Tensor | None:
 
 def tensors(node: fx.Node) -> list[torch.Tensor]:
     """All fake tensors in the value of ``node``."""
-    flat, _ = torch.utils._pytree.tree_flatten(node.meta.get("example_value"))
-    return [v for v in flat if isinstance(v, torch.Tensor)]
+    value = node.meta.get("example_value")
+    if value is None or isinstance(value, torch.Tensor):
+        return [] if value is None else [value]
+    return [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -233,6 +235,8 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
             written += [first, argument(node, "weight") if name == "embedding" else None]
         elif name in ("batch_norm", "instance_norm"):
             written += _running_statistics(node)
+    if written == [None]:
+        return []
     flat = torch.utils._pytree.tree_leaves(written)
     return list(dict.fromkeys(a for a in flat if isinstance(a, fx.Node) and tensors(a)))
 

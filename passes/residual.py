@@ -300,11 +300,14 @@ class StreamFinder:
         common = pasts[0]
         for past in pasts[1:]:
             common &= past
-        shared = [n for n in self._members(common) if self._floating(n) and not is_parameter_like(n)]
-        if not shared:
+        candidates = (
+            n for i in reversed(range(self.flow.order[add])) if common >> i & 1 for n in (self.flow.nodes[i],)
+        )
+        shared = next((n for n in candidates if self._floating(n) and not is_parameter_like(n)), None)
+        if shared is None:
             self._reject(add, Reason.BRANCH_INDEPENDENT)
-        elif self._post_dominates(add, shared[-1], post) and all(
-            any(map(is_heavy, self.flow.between(shared[-1], t))) for t in operands
+        elif self._post_dominates(add, shared, post) and all(
+            any(map(is_heavy, self.flow.between(shared, t))) for t in operands
         ):
             self._reject(add, Reason.PROJECTED_SHORTCUT)
 

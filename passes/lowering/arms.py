@@ -35,6 +35,12 @@ class ArmBuilder:
 
     def __init__(self, partition: Partition):
         self.partition, self.flow = partition, partition.flow
+        self._built: dict[tuple[int, frozenset[str], KVPolicy], ArmGraph] = {}
+        self._symbolic = [
+            n
+            for n in self.flow.nodes
+            if n.op == "placeholder" and isinstance(n.meta.get("example_value"), torch.SymInt)
+        ]
 
     def arms(self, slot: Slot) -> Iterator[ArmGraph]:
         """All arms of ``slot``, first the one that runs everything."""
@@ -88,6 +94,11 @@ class ArmBuilder:
     def build(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> ArmGraph:
         """The arm of ``slot`` without the terms of ``skipped``."""
         names = frozenset(t.name for t in skipped)
+        if (slot.index, names, kv) not in self._built:
+            self._built[slot.index, names, kv] = self._build(slot, skipped, names, kv)
+        return self._built[slot.index, names, kv]
+
+    def _build(self, slot: Slot, skipped: list[Term], names: frozenset[str], kv: KVPolicy) -> ArmGraph:
         alias = self._without(slot, skipped)
         roots = self.effects(slot)
         if skipped:
@@ -198,11 +209,8 @@ class ArmBuilder:
         outer = dict.fromkeys(v for v in read if v not in inside and v.op != "get_attr")
         if slot.entry in outer:
             outer = {slot.entry: None, **outer}
-        symbols = _symbols((*body, *outer))
-        for node in self.flow.nodes:
-            value = node.meta.get("example_value") if node.op == "placeholder" else None
-            if isinstance(value, torch.SymInt) and value.node.expr in symbols:
-                outer[node] = None
+        symbols = _symbols((*body, *outer)) if self._symbolic else set()
+        outer.update((n, None) for n in self._symbolic if n.meta["example_value"].node.expr in symbols)
         return list(outer)
 
     def _slice(
