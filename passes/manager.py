@@ -62,7 +62,6 @@ class PassManager:
             elapsed = (time.perf_counter() - start) * 1e3
             if result.changed:
                 self._check(gm, kind.name, before, effects)
-                gm.recompile()
             record = PassRecord(kind.name, elapsed, result.matched, result.changed, len(gm.graph.nodes), result.notes)
             self.records.append(record)
             log.debug("%s: %d matched, %.1f ms", kind.name, result.matched, elapsed)
@@ -70,6 +69,8 @@ class PassManager:
                 log.debug("%s: %s", kind.name, note)
             if self.dump:
                 self.dump.graph(gm, kind.name, f"after {kind.name}: {result.matched} matched, {elapsed:.1f} ms")
+        if any(r.changed for r in self.records):
+            gm.recompile()
         if self.dump:
             self.dump.write("passes.json", json.dumps([asdict(r) for r in self.records], indent=1))
             self.dump.write("config.json", self.ctx.config.model_dump_json(indent=1))

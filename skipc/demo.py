@@ -109,7 +109,7 @@ def _cold(call: Callable[..., Any], model: Any, prompt: torch.Tensor, new_tokens
 
 
 def _with_skips(compiled: CompiledModel, tokenizer: Any, runs: list[Run]) -> tuple[list[SiteMeasurement], list[Run]]:
-    """Measure every site on one half of the text, choose by loss for each millisecond saved, judge on the other half."""
+    """Measure every site on one half of the text, choose by loss per millisecond saved, judge on the other half."""
     text = english_text()
     half = len(text) // 2
     calibration = token_windows(tokenizer, text[:half], 256, 2)
