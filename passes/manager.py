@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from skipc.passes.base import Pass, PassContext
-from skipc.passes.ops import tensors, written_arguments
+from skipc.passes.ops import same_sizes, tensors, written_arguments
 from skipc.passes.pipeline import PIPELINE
 from torch import fx
 
@@ -81,7 +81,7 @@ class PassManager:
             gm.graph.lint()
         except Exception as error:
             raise PassError(f"{name} left a malformed graph: {error}") from error
-        if signature(gm.graph) != before:
+        if not same_signature(signature(gm.graph), before):
             raise PassError(f"{name} changed the inputs or outputs of the graph")
         if _count_effects(gm.graph) < effects:
             raise PassError(f"{name} dropped a write to an input")
@@ -113,8 +113,18 @@ def signature(graph: fx.Graph) -> list[Any]:
     flat, _ = torch.utils._pytree.tree_flatten(output.args)
     for value in flat:
         made = tensors(value) if isinstance(value, fx.Node) else [value]
-        seen += [(str(t.dtype), str(t.shape)) if isinstance(t, torch.Tensor) else t for t in made]
+        seen += [(t.dtype, t.shape) if isinstance(t, torch.Tensor) else t for t in made]
     return seen
+
+
+def same_signature(a: list[Any], b: list[Any]) -> bool:
+    """True if two signatures agree; sizes may be written differently (``s0`` and ``2 * (s0 // 2)``) if known equal."""
+    return len(a) == len(b) and all(
+        x[0] == y[0] and same_sizes(x[1], y[1])
+        if isinstance(x, tuple) and isinstance(y, tuple)
+        else type(x) is type(y) and x == y
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def _count_effects(graph: fx.Graph) -> int:

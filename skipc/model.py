@@ -39,14 +39,14 @@ class CompiledModel:
 
     def __init__(self, model: torch.nn.Module, config: Config, **compile_options: Any):
         self.model = model
-        self.config = config
+        self.options = config
         self._compile_options = compile_options
         self.refresh()
 
     def refresh(self) -> None:
         """Forget what was compiled; the next call compiles anew. Needed after edits that nothing can see, such as
         new code for a method; replaced or edited weights, changed submodules and forward hooks are noticed."""
-        options = self.config.model_dump()
+        options = self.options.model_dump()
         self._function = compile_isolated(self.model, backend=backend, options=options, **self._compile_options)
         self._modules = list(self.model.named_modules())
         self._hooks = self._hook_state()
@@ -64,7 +64,7 @@ class CompiledModel:
         return result
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("model", "config"):
+        if name.startswith("_") or name in ("model", "options"):
             raise AttributeError(name)
         return getattr(self.model, name)
 

@@ -195,3 +195,12 @@ class TestManager:
             "find_sites",
         ]
         assert len(explanation.sites) == 2  # sums in place stay hidden
+
+    def test_symbolic_sizes_are_compared_by_value(self) -> None:
+        """A pass may write a dynamic size another way."""
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+        for length in (5, 9, 7):
+            x = torch.randn(2, length, 16)
+            torch._dynamo.mark_dynamic(x, 1)
+            compiled = torch.compile(layer, backend="skipc", options={"on_error": "raise"}, fullgraph=True)
+            torch.testing.assert_close(compiled(x), layer(x))
