@@ -140,7 +140,7 @@ class Session:
         """Run ``program`` as this session asks."""
         if program.partial and self.skip:
             raise FallbackError(f"a session cannot skip in a model with graph breaks: {program.partial}")
-        if program not in self._checked:
+        if self.skip and program not in self._checked:
             self._check(program, inputs)
         arms = program.arms_for(self.skip, self.kv or program.default_kv)
         with self._lock:
