@@ -214,6 +214,7 @@ def _picture(sites: list[SiteMeasurement], runs: list[Run], path: Path) -> Path 
         axis.spines[["top", "right"]].set_visible(False)
     top.set_ylabel("time, ms (256 tokens)")
     top.set_title("SmolLM2-135M: every sublayer's time, similarity and loss. Green: the four skipped in the table")
+    top.margins(y=0.18)  # room for the legend
     top.legend(frameon=False, ncols=2)
     middle.set_ylabel("cosine of the stream,\nbefore and after")
     bottom.set_ylabel("perplexity lost when\nskipped alone, %")
