@@ -64,3 +64,19 @@ def replace_uses_after(node: fx.Node, old: fx.Node, new: fx.Node, order: dict[fx
 def positions(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
     """The place of each node in its graph."""
     return {node: i for i, node in enumerate(nodes)}
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that shares parameters and example values, and keeps Dynamo's marks on placeholders (which FX drops)."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    old_output = next(iter(reversed(gm.graph.nodes)))
+    graph.output(output).meta.update(old_output.meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+        if old.op == "placeholder":
+            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    return copy

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from skipc.passes.base import Pass, PassContext
+from skipc.passes.fx_edit import copy_graph
 from skipc.passes.ops import same_sizes, tensors, written_arguments
 from skipc.passes.pipeline import PIPELINE
 from torch import fx
@@ -88,22 +89,6 @@ class PassManager:
         for node in gm.graph.nodes:
             if node.op in ("call_function", "call_method") and "example_value" not in node.meta and node.users:
                 raise PassError(f"{name} made {node.name} without an example value")
-
-
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy that shares parameters and example values, and keeps Dynamo's marks on placeholders (which FX drops)."""
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, mapping)
-    old_output = next(iter(reversed(gm.graph.nodes)))
-    graph.output(output).meta.update(old_output.meta)
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
-        if old.op == "placeholder":
-            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
-    copy = fx.GraphModule(gm, graph)
-    copy.meta = dict(gm.meta)
-    return copy
 
 
 def signature(graph: fx.Graph) -> list[Any]:

@@ -306,6 +306,11 @@ def is_random(node: fx.Node) -> bool:
     return name in _RANDOM
 
 
+def switches_autocast_off(node: fx.Node) -> bool:
+    """True for ``_enter_autocast(device, dtype, enabled=False, ...)``."""
+    return op_name(node) == "_enter_autocast" and (node.args[2:3] == (False,) or node.kwargs.get("enabled") is False)
+
+
 def is_statement(node: fx.Node) -> bool:
     """True for a call made for what it does rather than for its value, other than a write: assertions, switches."""
     if node.op != "call_function" or node.users:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from skipc.passes.base import Pass, PassContext, PassResult
-from skipc.passes.ops import argument, is_random, op_name, same_sizes, tensor
+from skipc.passes.ops import argument, is_random, op_name, same_sizes, switches_autocast_off, tensor
 from torch import fx
 
 _ALIAS_IF_SAME = frozenset(
@@ -78,11 +78,5 @@ class RemoveNoops(Pass):
 
 
 def _disables(enter: object) -> bool:
-    """True for ``_enter_autocast(device, dtype, enabled=False, ...)``: autocast is off around the graph anyway, or the
-    manager has refused it."""
-    return (
-        isinstance(enter, fx.Node)
-        and op_name(enter) == "_enter_autocast"
-        and len(enter.users) == 1
-        and (enter.args[2:3] == (False,) or enter.kwargs.get("enabled") is False)
-    )
+    """True if ``enter`` switches off an autocast that is off anyway (the backend refuses graphs where it is on)."""
+    return isinstance(enter, fx.Node) and len(enter.users) == 1 and switches_autocast_off(enter)

@@ -13,10 +13,11 @@ from torch import fx
 from skipc.ir.config import Config
 from skipc.ir.errors import ConfigError, NoResidualStreamError, SkipcError
 from skipc.passes.base import PassContext
+from skipc.passes.fx_edit import copy_graph
 from skipc.passes.lowering.inductor import check_torch_version, compile_whole
 from skipc.passes.lowering.outline import Outline
-from skipc.passes.manager import PassManager, copy_graph
-from skipc.passes.ops import is_parameter_like, is_random, op_name, tensors
+from skipc.passes.manager import PassManager
+from skipc.passes.ops import is_parameter_like, is_random, op_name, switches_autocast_off, tensors
 from skipc.runtime import sessions
 from skipc.runtime.program import Fallback, Program
 
@@ -134,7 +135,7 @@ def refusal(gm: fx.GraphModule) -> FallbackReason | None:
         return FallbackReason.FROZEN
     enters = [n for n in nodes if op_name(n) == "_enter_autocast"]
     ambient = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    if any(ambient or not (n.args[2:3] == (False,) or n.kwargs.get("enabled") is False) for n in enters):
+    if any(ambient or not switches_autocast_off(n) for n in enters):
         return FallbackReason.AUTOCAST
     return None
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from skipc.passes.base import Pass, PassContext, PassResult
-from skipc.passes.manager import PassManager, copy_graph, same_signature, signature
+from skipc.passes.fx_edit import copy_graph
+from skipc.passes.manager import PassManager, same_signature, signature
 from skipc.passes.ops import op_name
 from torch import fx
 from torch.utils import _pytree as pytree

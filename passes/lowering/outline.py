@@ -18,9 +18,8 @@ from functools import cached_property
 from typing import Any
 
 import sympy
-from skipc.passes.classify import is_heavy
 from skipc.passes.dataflow import Dataflow
-from skipc.passes.fx_edit import fake_mode_of
+from skipc.passes.fx_edit import copy_graph, fake_mode_of
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
 from skipc.passes.lowering.inductor import Compiled, compile_region
 from skipc.passes.lowering.structure import structure_of, translate
@@ -44,7 +43,6 @@ class Region:
     name: str
     gm: fx.GraphModule
     symbols: list[sympy.Symbol]
-    heavy: bool
     calls: int = 0
     guards: list[Any] = field(default_factory=list)
     function: Compiled | None = None
@@ -80,7 +78,7 @@ class Outline:
         self.builder = ArmBuilder(self.partition)
         self.names = _variable_names(gm.graph, self.partition)
         self.regions: list[Region] = []
-        self._by_structure: dict[str, list[int]] = {}
+        self._by_structure: dict[str, int] = {}
         self._symbols_of_call: list[tuple[int, list[sympy.Symbol]]] = []
         steps = self._steps()
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -146,11 +144,10 @@ class Outline:
         """Index of the region for ``arm``: an equal one that exists, or a new one."""
         assert arm.graph is not None
         key, symbols = structure_of(arm.graph, self.gm)
-        for index in self._by_structure.get(key, []):
-            if len(self.regions[index].symbols) == len(symbols):
-                self.regions[index].calls += 1
-                self._symbols_of_call.append((index, symbols))
-                return index
+        if (index := self._by_structure.get(key)) is not None:
+            self.regions[index].calls += 1
+            self._symbols_of_call.append((index, symbols))
+            return index
         kinds = (
             "_".join(t.kind.value for t in slot.junction.terms if t.name not in arm.skipped) if slot.junction else ""
         )
@@ -164,11 +161,10 @@ class Outline:
             _unused(base, taken, "_"),
             fx.GraphModule(self.gm, arm.graph),
             symbols,
-            any(map(is_heavy, arm.graph.nodes)),
             calls=1,
         )
         self.regions.append(region)
-        self._by_structure.setdefault(key, []).append(len(self.regions) - 1)
+        self._by_structure[key] = len(self.regions) - 1
         return len(self.regions) - 1
 
     def _sites(self) -> tuple[Site, ...]:
@@ -220,7 +216,7 @@ class Outline:
         before = len(shape_env.guards) if shape_env is not None else 0
         start = time.perf_counter()
         # Inductor takes the graph over and rewrites it; explain still wants to print it.
-        region.function = compile_region(fx.GraphModule(self.gm, _copied(region.gm.graph)), config)
+        region.function = compile_region(copy_graph(region.gm), config)
         region.seconds = time.perf_counter() - start
         if shape_env is not None:
             region.guards = [g.expr for g in shape_env.guards[before:]]
@@ -237,17 +233,6 @@ class Outline:
             for guard in translate(region.guards, symbols, region.symbols):
                 if not self.mode.shape_env.evaluate_expr(guard):
                     raise RuntimeError(f"region {region.name} is shared by places of different sizes: {guard}")
-
-
-def _copied(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        mapping[node] = copy.node_copy(node, mapping.__getitem__)
-        mapping[node].meta = dict(node.meta)
-        if node.op == "placeholder":
-            mapping[node]._dynamo_source = None  # type: ignore[attr-defined]
-    return copy
 
 
 def _written_name(write: fx.Node) -> str:
