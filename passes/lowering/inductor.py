@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -64,6 +66,24 @@ def compile_whole(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         patches.update(torch._inductor.list_mode_options(config.mode))
     whole: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return whole
+
+
+@contextmanager
+def overlapped_builds() -> Iterator[None]:
+    """While this is open, Inductor writes the code of one CPU region while g++ still builds that of the ones before;
+    all builds are waited for at the end. (Inductor itself waits at the end of each graph, and knows no later one.)
+
+    A generated module calls ``AsyncCompile.wait(globals())`` before it defines its entry, which looks its kernels up
+    by name when it is called: not before this context has closed.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+
+    wait = AsyncCompile.wait
+    pending: list[tuple[AsyncCompile, dict[str, Any]]] = []
+    with mock.patch.object(AsyncCompile, "wait", lambda builds, scope: pending.append((builds, scope))):
+        yield
+    for builds, scope in pending:
+        wait(builds, scope)
 
 
 def compile_region(gm: fx.GraphModule, config: Config) -> Compiled:

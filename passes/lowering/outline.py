@@ -13,6 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,9 +22,9 @@ import sympy
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import copy_graph, fake_mode_of
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
-from skipc.passes.lowering.inductor import Compiled, compile_region
+from skipc.passes.lowering.inductor import Compiled, compile_region, overlapped_builds
 from skipc.passes.lowering.structure import structure_of, translate
-from skipc.passes.ops import VIEWS, is_parameter_like, op_name
+from skipc.passes.ops import VIEWS, is_parameter_like, op_name, tensors
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams
 from torch import fx
@@ -201,8 +202,10 @@ class Outline:
 
     def compile(self, config: Config) -> list[Compiled]:
         """Compile every distinct region once; evaluate its guards for each place that shares it."""
-        for region in self.regions:
-            self._compile(region, config)
+        on_cpu = all(t.device.type == "cpu" for n in self.flow.nodes for t in tensors(n))
+        with overlapped_builds() if on_cpu else nullcontext():
+            for region in self.regions:
+                self._compile(region, config)
         self._check_shared_guards()
         self.spec = replace(self.spec, regions=tuple(r.info() for r in self.regions))
         return [r.function for r in self.regions if r.function is not None]

@@ -51,7 +51,7 @@ class RegionInfo:
     nodes: int
     calls: int  # places that call it
     compiled: bool  # False: so little work that it runs as it is, without Inductor
-    seconds: float = 0.0
+    seconds: float = 0.0  # of code generation; C++ builds run beside it
 
 
 @dataclass(frozen=True)
