@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from skipc.passes.ops import written_arguments
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -48,10 +49,25 @@ def infer_new(graph: fx.Graph, inherit: fx.Node) -> None:
             or node.meta.get("statement")
         ):
             continue
-        for label in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if label in inherit.meta:
-                node.meta.setdefault(label, inherit.meta[label])
+        for label, value in labels_of(inherit).items():
+            node.meta.setdefault(label, value)
         infer(node)
+
+
+def labels_of(node: fx.Node) -> dict[str, Any]:
+    """The labels (module, stack trace) of ``node``, for a node that takes its place."""
+    return {k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "source_fn_stack") if k in node.meta}
+
+
+def erase_unused(node: fx.Node) -> None:
+    """Erase ``node`` and then, one by one, the arguments that nobody else uses and that do nothing but compute.
+    (``eliminate_dead_code`` would take writes to caches with it.)"""
+    if node.users or node.op not in ("call_function", "call_method") or written_arguments(node):
+        return
+    arguments = node.all_input_nodes
+    node.graph.erase_node(node)
+    for argument in arguments:
+        erase_unused(argument)
 
 
 def replace_uses_after(node: fx.Node, old: fx.Node, new: fx.Node, order: dict[fx.Node, int]) -> None:

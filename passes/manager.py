@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from skipc.passes.base import Pass, PassContext
+from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.fx_edit import copy_graph
 from skipc.passes.ops import same_sizes, tensors, written_arguments
-from skipc.passes.pipeline import PIPELINE
+from skipc.passes.pipeline import PIPELINE, REGION_PIPELINE
 from torch import fx
 
 from skipc.ir.errors import ConfigError, PassError, nearest
@@ -35,7 +35,7 @@ class PassRecord:
 
 
 class PassManager:
-    """Runs ``passes`` in order over a copy of a Dynamo graph.
+    """Runs ``passes`` in order over a copy of a Dynamo graph, and ``region_passes`` over each region cut from it.
 
     Set ``SKIPC_DUMP=directory`` to get each stage as readable code.
 
@@ -44,38 +44,70 @@ class PassManager:
         PassError: if a pass breaks an invariant (see :mod:`skipc.passes`).
     """
 
-    def __init__(self, ctx: PassContext, passes: tuple[type[Pass], ...] = PIPELINE, dump: str | None = None):
+    def __init__(
+        self,
+        ctx: PassContext,
+        passes: tuple[type[Pass], ...] = PIPELINE,
+        region_passes: tuple[type[Pass], ...] = REGION_PIPELINE,
+        dump: str | None = None,
+    ):
         self.ctx = ctx
-        self.passes = _enabled(passes, ctx.config.disable_passes)
-        self.records: list[PassRecord] = []
+        self.passes, self.region_passes = _enabled(passes, region_passes, ctx.config.disable_passes)
+        self._records: dict[str, PassRecord] = {}
         directory = dump if dump is not None else os.environ.get("SKIPC_DUMP")
         self.dump = Dump(Path(directory)) if directory else None
+
+    @property
+    def records(self) -> list[PassRecord]:
+        """One record a pass; those of a region pass are summed over regions."""
+        return list(self._records.values())
 
     def run(self, gm: fx.GraphModule) -> fx.GraphModule:
         """A transformed copy of ``gm``; ``gm`` itself stays as it was."""
         gm = copy_graph(gm)
         if self.dump:
             self.dump.graph(gm, "input", "as handed over by Dynamo")
+        self._apply(gm, self.passes, "")
+        if self.dump:
+            self.dump.write("config.json", self.ctx.config.model_dump_json(indent=1))
+        return gm
+
+    def run_region(self, gm: fx.GraphModule, name: str) -> None:
+        """Transform one region in place."""
+        self._apply(gm, self.region_passes, f"{name}.")
+
+    def _apply(self, gm: fx.GraphModule, passes: tuple[type[Pass], ...], prefix: str) -> None:
         before, effects = signature(gm.graph), _count_effects(gm.graph)
-        for kind in self.passes:
+        changed = False
+        for kind in passes:
             start = time.perf_counter()
             result = kind().run(gm, self.ctx)
             elapsed = (time.perf_counter() - start) * 1e3
+            changed |= result.changed
             if result.changed:
                 self._check(gm, kind.name, before, effects)
-            record = PassRecord(kind.name, elapsed, result.matched, result.changed, len(gm.graph.nodes), result.notes)
-            self.records.append(record)
-            log.debug("%s: %d matched, %.1f ms", kind.name, result.matched, elapsed)
+            self._note(kind.name, elapsed, result, len(gm.graph.nodes))
+            log.debug("%s%s: %d matched, %.1f ms", prefix, kind.name, result.matched, elapsed)
             for note in result.notes:
-                log.debug("%s: %s", kind.name, note)
-            if self.dump:
-                self.dump.graph(gm, kind.name, f"after {kind.name}: {result.matched} matched, {elapsed:.1f} ms")
-        if any(r.changed for r in self.records):
+                log.debug("%s%s: %s", prefix, kind.name, note)
+            if self.dump and (result.changed or not prefix):
+                stage = f"after {kind.name}: {result.matched} matched, {elapsed:.1f} ms"
+                self.dump.graph(gm, prefix + kind.name, stage)
+        if changed:
             gm.recompile()
         if self.dump:
             self.dump.write("passes.json", json.dumps([asdict(r) for r in self.records], indent=1))
-            self.dump.write("config.json", self.ctx.config.model_dump_json(indent=1))
-        return gm
+
+    def _note(self, name: str, elapsed: float, result: PassResult, nodes: int) -> None:
+        old = self._records.get(name, PassRecord(name, 0.0, 0, False, 0))
+        self._records[name] = PassRecord(
+            name,
+            old.milliseconds + elapsed,
+            old.matched + result.matched,
+            old.changed or result.changed,
+            old.nodes + nodes,
+            tuple(dict.fromkeys((*old.notes, *result.notes))),
+        )
 
     def _check(self, gm: fx.GraphModule, name: str, before: list[Any], effects: int) -> None:
         try:
@@ -116,8 +148,10 @@ def _count_effects(graph: fx.Graph) -> int:
     return sum(any(arg.op == "placeholder" for arg in written_arguments(n)) for n in graph.nodes)
 
 
-def _enabled(passes: tuple[type[Pass], ...], disabled: tuple[str, ...]) -> tuple[type[Pass], ...]:
-    known = {p.name: p for p in passes}
+def _enabled(
+    passes: tuple[type[Pass], ...], region_passes: tuple[type[Pass], ...], disabled: tuple[str, ...]
+) -> tuple[tuple[type[Pass], ...], tuple[type[Pass], ...]]:
+    known = {p.name: p for p in (*passes, *region_passes)}
     for name in disabled:
         if name not in known:
             close = nearest(name, known)
@@ -130,7 +164,7 @@ def _enabled(passes: tuple[type[Pass], ...], disabled: tuple[str, ...]) -> tuple
         missing = set(p.requires) - {q.name for q in kept[:i]}
         if missing:
             raise ConfigError(f"pass {p.name!r} needs {', '.join(sorted(missing))} before it")
-    return kept
+    return kept, tuple(p for p in region_passes if p.name not in disabled)
 
 
 class Dump:

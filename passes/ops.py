@@ -43,6 +43,7 @@ HEAVY = frozenset(
         "conv_depthwise",
         "convolution",
         "scaled_dot_product_attention",
+        "grouped_attention",
         "_transformer_encoder_layer_fwd",
         "multi_head_attention_forward",
         "flex_attention",
@@ -53,7 +54,9 @@ HEAVY = frozenset(
         "associative_scan",
     ]
 )
-ATTENTION = frozenset({"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"})
+ATTENTION = frozenset(
+    {"scaled_dot_product_attention", "grouped_attention", "flex_attention", "multi_head_attention_forward"}
+)
 SOFTMAX = frozenset({"softmax", "_softmax"})
 MATMUL = frozenset({"matmul", "__matmul__", "bmm", "baddbmm", "einsum"})
 ROUTING = frozenset({"topk", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"})

@@ -1,16 +1,27 @@
-"""The one list of passes, in order."""
+"""The one list of passes, in order: over the whole graph, then over each distinct region that was cut from it."""
 
 from __future__ import annotations
 
 from skipc.passes.base import Pass
 from skipc.passes.decompose_fast_paths import DecomposeFastPaths
 from skipc.passes.find_sites import FindSites
+from skipc.passes.fold_grouped_queries import FoldGroupedQueries
 from skipc.passes.functionalize_inplace import FunctionalizeInplace
+from skipc.passes.lower_attention import LowerAttention
+from skipc.passes.lower_linears import LowerLinears
+from skipc.passes.narrow_kv_cache import NarrowKVCache
 from skipc.passes.remove_noops import RemoveNoops
 
 PIPELINE: tuple[type[Pass], ...] = (
     DecomposeFastPaths,  # first: what it opens is cleaned by the passes after it
     RemoveNoops,  # before any matching, so that eval dropout and idle casts hide no sum
     FunctionalizeInplace,  # `h += f(h)` must be a value before streams are followed
+    FoldGroupedQueries,  # before narrowing, which reads its form; both look through whole layers
+    NarrowKVCache,  # over the whole graph: one range serves every layer
     FindSites,  # analysis: after it, no pass may add or remove residual sums
+)
+
+REGION_PIPELINE: tuple[type[Pass], ...] = (
+    LowerAttention,
+    LowerLinears,  # by region: what is grouped into one call is what that region needs
 )

@@ -12,6 +12,7 @@ import torch
 from skipc.kernels.similarity import stream_similarity
 from skipc.runtime import sessions
 from skipc.runtime.codegen import source_of
+from skipc.runtime.replay import note_call
 
 from skipc.ir.errors import PlanError
 from skipc.ir.program import KVPolicy, ProgramSpec, Var
@@ -64,10 +65,10 @@ class Program:
         return scope["program"]
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        if not sessions.any_open():
-            return self._run(inputs, self.exact)
-        session = sessions.session_for(self.parameters_of(inputs))
-        return self._run(inputs, self.exact) if session is None else session.call(self, inputs)
+        session = sessions.session_for(self.parameters_of(inputs)) if sessions.any_open() else None
+        outputs = self._run(inputs, self.exact) if session is None else session.call(self, inputs)
+        note_call(self, inputs, outputs)
+        return outputs
 
     def parameters_of(self, inputs: Sequence[Any]) -> list[int]:
         """Identities of the parameters and buffers in a call: which instance of the model it is."""

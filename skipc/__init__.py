@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from skipc.ir.site import Reason, Rejection, Site, SiteKind, SiteReport
     from skipc.model import CompiledModel, compile, session
+    from skipc.runtime.generation import generate
     from skipc.runtime.sessions import Session, SessionStats
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _HOME = {
     ],
     "skipc.ir.site": ["Reason", "Rejection", "Site", "SiteKind", "SiteReport"],
     "skipc.model": ["CompiledModel", "compile", "session"],
+    "skipc.runtime.generation": ["generate"],
     "skipc.runtime.sessions": ["Session", "SessionStats"],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -47,7 +49,7 @@ __all__ = [
     "AlreadyCompiledError", "CompiledModel", "Config", "ConfigError", "Explanation", "FallbackError",
     "NoResidualStreamError", "PassError", "PlanError", "Reason", "Rejection", "Session",
     "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipcError",
-    "UnknownSiteError", "VersionError", "compile", "explain", "find_sites", "list_options", "session",
+    "UnknownSiteError", "VersionError", "compile", "explain", "find_sites", "generate", "list_options", "session",
 ]  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def build_outline(gm: fx.GraphModule, config: Config) -> tuple[Outline, PassMana
     assert streams is not None
     if not streams.junctions:
         raise NoResidualStreamError(FallbackReason.NO_STREAM)
-    return Outline(transformed, streams), manager
+    return Outline(transformed, streams, manager), manager
 
 
 def refusal(gm: fx.GraphModule) -> FallbackReason | None:

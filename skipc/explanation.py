@@ -81,6 +81,7 @@ class Explanation:
                 parts.append(f"  plain Inductor: {g.fallback}")
                 continue
             parts.append("  passes: " + ", ".join(f"{p.name} {p.matched} ({p.milliseconds:.0f} ms)" for p in g.passes))
+            parts += [f"    {p.name}: {note}" for p in g.passes if p.name != "find_sites" for note in p.notes]
             parts.append("  lowering: outline, " + _regions(g.spec))
             report = str(SiteReport(g.spec.sites, g.rejected))
             parts += [f"  {line}" for line in report.splitlines()]

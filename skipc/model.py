@@ -51,6 +51,7 @@ class CompiledModel:
         self._modules = list(self.model.named_modules())
         self._hooks = self._hook_state()
         self._generator: torch.nn.Module | None = None
+        self._decoder: Any = None  # what skipc.generate keeps from one request to the next
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._check_hooks()

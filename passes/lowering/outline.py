@@ -24,6 +24,7 @@ from skipc.passes.fx_edit import copy_graph, fake_mode_of
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
 from skipc.passes.lowering.inductor import Compiled, compile_region, overlapped_builds
 from skipc.passes.lowering.structure import structure_of, translate
+from skipc.passes.manager import PassManager
 from skipc.passes.ops import VIEWS, is_parameter_like, op_name, tensors
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams
@@ -71,8 +72,8 @@ class Outline:
     """Lowers one graph. After construction, :attr:`spec` and :attr:`regions` describe the program; :meth:`compile`
     makes the regions callable."""
 
-    def __init__(self, gm: fx.GraphModule, streams: Streams):
-        self.gm = gm
+    def __init__(self, gm: fx.GraphModule, streams: Streams, manager: PassManager):
+        self.gm, self.manager = gm, manager
         self.flow = Dataflow(gm.graph)
         self.mode: FakeTensorMode | None = fake_mode_of(gm.graph)
         self.partition = Partition(gm.graph, self.flow, streams.junctions)
@@ -164,6 +165,7 @@ class Outline:
             symbols,
             calls=1,
         )
+        self.manager.run_region(region.gm, region.name)
         self.regions.append(region)
         self._by_structure[key] = len(self.regions) - 1
         return len(self.regions) - 1

@@ -14,7 +14,7 @@ from skipc.passes.decompose_fast_paths import DecomposeFastPaths
 from skipc.passes.find_sites import FindSites
 from skipc.passes.functionalize_inplace import FunctionalizeInplace
 from skipc.passes.manager import PassManager
-from skipc.passes.pipeline import PIPELINE
+from skipc.passes.pipeline import PIPELINE, REGION_PIPELINE
 from skipc.passes.remove_noops import RemoveNoops
 from torch import fx, nn
 
@@ -180,8 +180,13 @@ class TestManager:
             PassManager(PassContext(), (Wrong,)).run(gm)
 
     def test_every_pass_is_documented(self) -> None:
-        for kind in PIPELINE:
-            for part in ("Before", "After", "Leaves alone:", "f32["):
+        for kind in (*PIPELINE, *REGION_PIPELINE):
+            for part in (
+                "Before",
+                "After",
+                "Leaves alone:",
+                "f32[" if "bf16[" not in (kind.__doc__ or "") else "bf16[",
+            ):
                 assert part in (kind.__doc__ or ""), f"{kind.name} has no {part}"
         assert (Path(__file__).parents[2] / "docs" / "passes.md").read_text() == passes_markdown()
 
@@ -192,7 +197,11 @@ class TestManager:
         assert [p.name for p in explanation.graphs[0].passes] == [
             "decompose_fast_paths",
             "remove_noops",
+            "fold_grouped_queries",
+            "narrow_kv_cache",
             "find_sites",
+            "lower_attention",
+            "lower_linears",
         ]
         assert len(explanation.sites) == 2  # sums in place stay hidden
 

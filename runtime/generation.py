@@ -1,0 +1,231 @@
+"""``skipc.generate``: prefill and decode on a static cache, with guards checked when something changes, not per token."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from skipc.runtime.replay import Replay
+
+log = logging.getLogger("skipc")
+
+_BUCKET = 64  # cache lengths are rounded up to a multiple, so that requests of similar length share a compilation
+
+OnToken = Callable[[torch.Tensor], Any]
+
+
+class Decoder:
+    """A model, a static cache for ``batch`` rows of up to ``length`` tokens, and the buffers that a step reads."""
+
+    def __init__(self, model: torch.nn.Module, call: Callable[..., Any], batch: int, length: int, padded: bool):
+        from transformers import StaticCache
+
+        device = next(model.parameters()).device
+        self.model, self.call, self.batch, self.length, self.padded = model, call, batch, length, padded
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=length)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.mask = torch.ones(batch, length, dtype=torch.long, device=device)
+        # One eager token lets the cache take the shapes of any architecture, before anything is compiled.
+        model(input_ids=self.token, past_key_values=self.cache)
+        self.replay = Replay(self._step, lambda out: out.logits, model, [self.cache, *self.cache.layers])
+
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Logits behind the prompt: float [batch, vocabulary]."""
+        self.cache.reset()
+        self.replay.forget()
+        extra: dict[str, Any] = {}
+        if mask is not None:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            extra = {"attention_mask": mask.long(), "position_ids": positions}
+            self.mask.fill_(1)
+            self.mask[:, : ids.shape[1]] = mask
+            self.position.copy_(positions[:, -1:])
+        out = self.call(input_ids=ids, past_key_values=self.cache, **extra, **self._last_only())
+        return out.logits[:, -1]  # type: ignore[no-any-return]
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits behind ``tokens``, int64 [batch]: float [batch, vocabulary]."""
+        self.token.copy_(tokens[:, None])
+        self.position += 1
+        return self.replay.step()[:, -1]
+
+    def _step(self) -> Any:
+        extra = {"attention_mask": self.mask, "position_ids": self.position} if self.padded else {}
+        return self.call(input_ids=self.token, past_key_values=self.cache, **extra)
+
+    def _last_only(self) -> dict[str, Any]:
+        import inspect
+
+        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+
+
+@torch.no_grad()
+def generate(
+    compiled: Any,
+    input_ids: torch.Tensor,
+    *,
+    max_new_tokens: int = 128,
+    attention_mask: torch.Tensor | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    logits_processor: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = (),
+    generator: torch.Generator | None = None,
+    eos_token_id: int | Sequence[int] | None = -1,
+    pad_token_id: int | None = None,
+    on_token: OnToken | None = None,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Continue prompts with a compiled Hugging Face decoder.
+
+    Args:
+        compiled: what :func:`skipc.compile` or ``torch.compile(model, backend="skipc")`` returned.
+        input_ids: int64 ``[batch, prompt]``; shorter prompts are padded on the left.
+        max_new_tokens: at most so many.
+        attention_mask: ``[batch, prompt]``, 0 for padding. None: no padding.
+        do_sample: draw from the distribution, instead of taking the likeliest token.
+        temperature, top_k, top_p: shape the distribution, as in transformers.
+        logits_processor: more processors in transformers' protocol, ``(ids, logits) -> logits``.
+        generator: source of randomness.
+        eos_token_id: tokens that end a row; None for none; by default those of the model's generation config.
+        pad_token_id: what ended rows are filled with; by default the model's, else the first end token.
+        on_token: called with each step's tokens, int64 ``[batch]``, as soon as they are known; a true result stops.
+        progress: show a progress bar.
+
+    Returns:
+        int64 ``[batch, prompt + new]``, as transformers' ``generate``; ``new`` is the longest row's.
+
+    Raises:
+        TypeError: if the model takes no ``past_key_values``.
+        ValueError: for a prompt of the wrong shape or padded on the right.
+    """
+    model, call = _target(compiled)
+    _check_prompt(input_ids, attention_mask, max_new_tokens)
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None
+    ends, pad = _ends(model, eos_token_id, pad_token_id)
+    process = _processors(do_sample, temperature, top_k, top_p, logits_processor)
+    batch, prompt = input_ids.shape
+    if max_new_tokens == 0:
+        return input_ids
+    length = -(-(prompt + max_new_tokens) // _BUCKET) * _BUCKET
+    decoder = _decoder(compiled, model, call, batch, length, attention_mask is not None)
+    tokens = input_ids.new_full((batch, prompt + max_new_tokens), pad)
+    tokens[:, :prompt] = input_ids
+    running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    logits = decoder.prefill(input_ids, attention_mask)
+    count = 0
+    with _bar(progress, max_new_tokens) as advance:
+        while True:
+            logits = process(tokens[:, : prompt + count], logits.float()) if process else logits
+            new = _draw(logits, generator) if do_sample else logits.argmax(-1)
+            new = torch.where(running, new, pad)
+            tokens[:, prompt + count] = new
+            count += 1
+            advance()
+            if ends is not None:
+                running &= ~torch.isin(new, ends)
+            stop = on_token(new) if on_token is not None else False
+            if stop or count == max_new_tokens or (ends is not None and not running.any()):
+                break
+            logits = decoder.decode(new)
+    if decoder.replay.refused:
+        log.info("generate: guards are checked at each token: %s", decoder.replay.refused)
+    return tokens[:, : prompt + count]
+
+
+def _target(compiled: Any) -> tuple[torch.nn.Module, Callable[..., Any]]:
+    model = getattr(compiled, "model", None)
+    if not hasattr(compiled, "session") or not isinstance(model, torch.nn.Module):
+        model = getattr(compiled, "_orig_mod", compiled)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"skipc.generate takes a compiled model, not {type(compiled).__name__}")
+    import inspect
+
+    if "past_key_values" not in inspect.signature(model.forward).parameters or not hasattr(model, "config"):
+        raise TypeError(
+            f"skipc.generate needs a Hugging Face decoder; {type(model).__name__}.forward takes no past_key_values"
+        )
+    return model, compiled
+
+
+def _check_prompt(ids: torch.Tensor, mask: torch.Tensor | None, new: int) -> None:
+    if ids.dim() != 2 or ids.dtype != torch.long or ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids must be int64 [batch, prompt] with a token or more, not {ids.dtype} {list(ids.shape)}"
+        )
+    if new < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {new}")
+    if mask is None:
+        return
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}")
+    if not bool(mask[:, -1].all()) or bool((mask.long().diff(dim=1) < 0).any()):
+        raise ValueError("prompts must be padded on the left")
+
+
+def _ends(model: Any, eos: int | Sequence[int] | None, pad: int | None) -> tuple[torch.Tensor | None, int]:
+    config = getattr(model, "generation_config", None)
+    if eos == -1:
+        eos = getattr(config, "eos_token_id", None)
+    ids = [eos] if isinstance(eos, int) else list(eos or [])
+    if pad is None:
+        pad = getattr(config, "pad_token_id", None)
+    if pad is None:
+        pad = ids[0] if ids else 0
+    return (torch.tensor(ids, device=next(model.parameters()).device) if ids else None), pad
+
+
+def _processors(
+    do_sample: bool,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    more: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]],
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    from transformers.generation import logits_process as hf
+
+    chain: list[Any] = list(more)
+    if do_sample:
+        if temperature != 1.0:
+            chain.append(hf.TemperatureLogitsWarper(temperature))
+        if top_k:
+            chain.append(hf.TopKLogitsWarper(top_k))
+        if top_p is not None and top_p < 1.0:
+            chain.append(hf.TopPLogitsWarper(top_p))
+    return hf.LogitsProcessorList(chain) if chain else None
+
+
+def _draw(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    return torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _decoder(
+    compiled: Any, model: torch.nn.Module, call: Callable[..., Any], batch: int, length: int, padded: bool
+) -> Decoder:
+    """The decoder that the last request left behind, if it fits; its cache is the largest thing here, so only one is
+    kept."""
+    last: Decoder | None = vars(compiled).get("_decoder")
+    if last is not None and (last.batch, last.length, last.padded) == (batch, length, padded) and last.model is model:
+        return last
+    object.__setattr__(compiled, "_decoder", None)
+    made = Decoder(model, call, batch, length, padded)
+    object.__setattr__(compiled, "_decoder", made)
+    return made
+
+
+@contextlib.contextmanager
+def _bar(shown: bool, total: int) -> Iterator[Callable[[], None]]:
+    if not shown:
+        yield lambda: None
+        return
+    from rich.progress import Progress
+
+    with Progress() as bar:
+        task = bar.add_task("generating", total=total)
+        yield lambda: bar.advance(task)

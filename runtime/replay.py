@@ -1,0 +1,157 @@
+"""Calling a program again without Dynamo in between: what a decode loop does once nothing but tensors' contents change.
+
+Dynamo checks some hundred guards at every call and gathers the program's inputs anew. For a loop that owns its inputs
+both are the same each time. That is not assumed but seen: two calls through Dynamo must hand the program the very same
+tensors, and leave every plain attribute of the model and its cache as it was; afterwards the model is watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+Call = tuple[Any, tuple[Any, ...], tuple[Any, ...]]  # a program, its inputs and its outputs
+
+_record: ContextVar[list[Call] | None] = ContextVar("skipc_record", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Collects the calls of programs in this context, in order."""
+    calls: list[Call] = []
+    token = _record.set(calls)
+    try:
+        yield calls
+    finally:
+        _record.reset(token)
+
+
+def note_call(program: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+    """Called by programs."""
+    calls = _record.get()
+    if calls is not None:
+        calls.append((program, inputs, outputs))
+
+
+class ModelWatch:
+    """Notices edits of a model that a compiled call would have noticed: parameters, buffers and submodules that were
+    replaced, hooks, training mode. Edits inside a tensor need no notice: programs take weights as inputs."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self._state = self._read()
+
+    def _read(self) -> list[Any]:
+        state: list[Any] = []
+        stack = [self.model]
+        while stack:
+            m = stack.pop()
+            state += m._parameters.values()
+            state += m._buffers.values()
+            state.append(len(m._forward_hooks) + len(m._forward_pre_hooks) + m.training)
+            children = m._modules.values()
+            state += children
+            stack += [c for c in children if c is not None]
+        return state
+
+    def changed(self) -> bool:
+        """True if the model is not the one that was watched first."""
+        now = self._read()
+        return len(now) != len(self._state) or any(a is not b for a, b in zip(now, self._state, strict=True))
+
+
+class Replay:
+    """One call, repeatable: ``step()`` is ``call()`` as long as that provably means running one program on the same
+    tensors.
+
+    Args:
+        call: the compiled call, on tensors that the caller refills in place.
+        result: what of the call's result :meth:`step` returns, a tensor.
+        model: is watched for edits.
+        owners: objects whose plain attributes must not change in a call (the cache).
+    """
+
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        result: Callable[[Any], torch.Tensor],
+        model: torch.nn.Module,
+        owners: Iterable[object],
+    ):
+        self._call, self._result, self._model = call, result, model
+        self._owners = [*owners, *model.modules()]
+        self._watch: ModelWatch | None = None
+        self._last: tuple[Any, tuple[Any, ...], int] | None = None
+        self._proven = False
+        self.refused: str | None = None
+        self.replayed = 0
+
+    def step(self) -> torch.Tensor:
+        """The next result."""
+        if self._proven and self._watch is not None and self._watch.changed():
+            self.forget()
+        if not self._proven:
+            return self._guarded()
+        assert self._last is not None
+        program, inputs, index = self._last
+        self.replayed += 1
+        return program(*inputs)[index]  # type: ignore[no-any-return]
+
+    def forget(self) -> None:
+        """Prove anew at the next two steps: something outside has run since."""
+        self._proven, self._last = False, None
+
+    def _guarded(self) -> torch.Tensor:
+        if self.refused:
+            return self._result(self._call())
+        before = _plain_state(self._owners)
+        self._watch = ModelWatch(self._model)
+        with recording() as calls:
+            result = self._result(self._call())
+        now, why = self._single(calls, result)
+        if now is not None and self._last is not None and _same(now, self._last):
+            if _plain_state(self._owners) == before:
+                self._proven = True
+            else:
+                why = "the model or its cache counts steps in Python"
+        elif now is not None and self._last is not None:
+            why = "the program's inputs are new at each call"
+        self.refused, self._last = why, now
+        return result
+
+    @staticmethod
+    def _single(calls: list[Call], result: torch.Tensor) -> tuple[tuple[Any, tuple[Any, ...], int] | None, str | None]:
+        if len(calls) != 1:
+            return None, f"a step runs {len(calls)} programs"
+        program, inputs, outputs = calls[0]
+        if program.partial:
+            return None, "the model has graph breaks"
+        index = next((i for i, o in enumerate(outputs) if o is result), None)
+        if index is None:
+            return None, "the result is computed outside the program"
+        return (program, inputs, index), None
+
+
+def _same(a: tuple[Any, tuple[Any, ...], int], b: tuple[Any, tuple[Any, ...], int]) -> bool:
+    return (
+        a[0] is b[0]
+        and a[2] == b[2]
+        and len(a[1]) == len(b[1])
+        and all(x is y if isinstance(x, torch.Tensor) else x == y for x, y in zip(a[1], b[1], strict=True))
+    )
+
+
+def _plain_state(owners: Iterable[object]) -> list[Any]:
+    """Numbers, strings and flags in the attributes of ``owners``, and which tensors they hold."""
+    state: list[Any] = []
+    for owner in owners:
+        for name, value in vars(owner).items():
+            if value is None or isinstance(value, bool | int | float | str):
+                state.append((name, value))
+            elif isinstance(value, torch.Tensor):
+                state.append((name, id(value)))
+    return state
