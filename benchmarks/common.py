@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from rich.console import Console
+from rich.table import Table
 
 console = Console(width=130)
 
@@ -57,3 +62,163 @@ def save(path: str | None, record: dict[str, Any]) -> None:
     if path:
         Path(path).write_text(json.dumps(record, indent=1))
         console.print(f"figures: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grids: peers, cells in processes of their own, tables
+
+
+def peers(name: str, model: torch.nn.Module) -> Callable[..., Any]:
+    """``model`` as the peer ``name`` runs it. Each peer is compiled apart, at its first call."""
+    if name == "eager":
+        return model
+    if name == "skipc step":
+        return torch.compile(model, backend="skipc", fullgraph=True, isolate_recompiles=True)
+    call = torch.compile(model, fullgraph=True, isolate_recompiles=True)
+    if name == "inductor":
+        return call
+    seen: set[Any] = set()
+
+    def best(*args: Any, **kwargs: Any) -> Any:
+        # Freezing works only if it is on while Dynamo traces, so it is set around the first call.
+        key = tuple(a.shape for a in args)
+        if key in seen:
+            return call(*args, **kwargs)
+        seen.add(key)
+        with torch._inductor.config.patch(freezing=True, max_autotune=True):
+            return call(*args, **kwargs)
+
+    return best
+
+
+def bandwidth() -> float:
+    """Bytes per second that reading memory reaches: the best of some plain reads of 400 MB."""
+    matrix = torch.randn(100_000, 1024)
+    vector, best = torch.randn(1024), float("inf")
+    for read in (lambda: matrix.mv(vector), lambda: matrix.sum()):
+        for _ in range(7):
+            start = time.perf_counter()
+            read()
+            best = min(best, time.perf_counter() - start)
+    return matrix.nbytes / best
+
+
+def compare(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int, baselines: Sequence[str]) -> dict[str, Any]:
+    """Interleaved times of all peers, and each one's speed against the best of ``baselines``, with its interval."""
+    first = {}
+    for name, step in steps.items():
+        start = time.perf_counter()
+        step()
+        first[name] = time.perf_counter() - start
+    load = os.getloadavg()[0]
+    times = interleave(steps, rounds, warmup)
+    medians = {n: statistics.median(t) * 1e3 for n, t in times.items()}
+    against = min((b for b in baselines if b in medians), key=lambda b: medians[b], default=next(iter(medians)))
+    found = {}
+    for name in steps:
+        speed, low, high = ratio(times[against], times[name])
+        found[name] = {"ms": medians[name], "speed": speed, "low": low, "high": high, "first_s": first[name]}
+    return {"peers": found, "best": against, "load": load, "rss_mb": _rss()}
+
+
+def _rss() -> dict[str, float]:
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return {"now": now / 1e6, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+
+
+def grid_options(function: Any) -> Any:
+    """Command-line options of every grid benchmark."""
+    for option in (
+        click.option("--rounds", default=40, show_default=True),
+        click.option("--json", "path", help="Write the figures here; cells that are there already are not run again."),
+        click.option("--plot", help="Write a picture here."),
+        click.option("--memory", is_flag=True, help="Measure each peer's memory too, in a process of its own."),
+        click.option("--cell", hidden=True),
+        click.option("--only", hidden=True),
+    ):
+        function = option(function)
+    return function
+
+
+def cell_main(cell: Callable[..., dict[str, Any]], options: dict[str, Any]) -> None:
+    """The process of one cell."""
+    print(json.dumps(cell(**json.loads(options["cell"]), rounds=options["rounds"], only=options["only"])))
+
+
+def run_grid(
+    script: str, cells: list[dict[str, Any]], options: dict[str, Any], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Run each cell that is not in the file yet; the file is written after each."""
+    path = Path(options["path"]) if options["path"] else None
+    records: list[dict[str, Any]] = json.loads(path.read_text())["cells"] if path and path.exists() else []
+    for i, cell in enumerate(cells):
+        if any(r["cell"] == cell for r in records):
+            continue
+        with console.status(f"cell {i + 1} of {len(cells)}: {cell}"):
+            record = {"cell": cell, **_child(script, cell, options["rounds"], None)}
+            if options["memory"]:
+                record["memory"] = {n: _child(script, cell, 3, n)["rss_mb"] for n in names}
+        records.append(record)
+        best = record["peers"][record["best"]]["ms"]
+        line = ", ".join(f"{n} {p['ms']:.1f} ms ({p['speed']:.2f}x)" for n, p in record["peers"].items())
+        console.print(f"{cell}: best Inductor {best:.1f} ms; {line}")
+        if path:
+            save(str(path), {"cells": records})
+    return [r for r in records if r["cell"] in cells]
+
+
+def _child(script: str, cell: dict[str, Any], rounds: int, only: str | None) -> dict[str, Any]:
+    command = [sys.executable, script, "--cell", json.dumps(cell), "--rounds", str(rounds)]
+    done = subprocess.run(command + (["--only", only] if only else []), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{cell}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def table(
+    title: str, records: list[dict[str, Any]], keys: Sequence[str], names: Sequence[str], plot: str | None
+) -> None:
+    """Print the grid: milliseconds, and speed against the best Inductor configuration with its 95 % interval."""
+    shown = Table(title=title)
+    for key in keys:
+        shown.add_column(key)
+    for name in names:
+        shown.add_column(name, justify="right")
+    limits = any("limit_ms" in r for r in records)
+    if limits:
+        shown.add_column("limit", justify="right")
+    for r in records:
+        row = ["all" if r["cell"][k] == 1 << 30 else str(r["cell"][k]) for k in keys]
+        for name in names:
+            p = r["peers"][name]
+            row.append(f"{p['ms']:.1f} ({p['speed']:.2f}x [{p['low']:.2f}, {p['high']:.2f}])")
+        shown.add_row(*row, *([f"{r['limit_ms']:.1f}"] if limits else []))
+    console.print(shown)
+    if plot:
+        _plot(title, records, keys, names, plot)
+
+
+def _plot(title: str, records: list[dict[str, Any]], keys: Sequence[str], names: Sequence[str], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(max(8, len(records) * 0.9), 5), layout="constrained")
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        axes.bar(
+            [x + i * width for x in range(len(records))], [r["peers"][name]["ms"] for r in records], width, label=name
+        )
+    if any("limit_ms" in r for r in records):
+        for x, r in enumerate(records):
+            axes.hlines(r["limit_ms"], x - width / 2, x + 0.8, colors="black", label="memory limit" if x == 0 else None)
+    labels = ["\n".join("all" if r["cell"][k] == 1 << 30 else str(r["cell"][k]) for k in keys) for r in records]
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(records))], labels, fontsize=7)
+    axes.set_xlabel(", ".join(keys))
+    axes.set_ylabel("ms")
+    axes.set_yscale("log")
+    axes.set_title(f"{title}: milliseconds, lower is better")
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    console.print(f"picture: {path}")

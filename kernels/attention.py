@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from skipc.kernels import native
 from skipc.kernels.library import library
 

@@ -1,4 +1,4 @@
-"""Linear layers of a few rows: every weight is read once, at the speed of memory."""
+"""Linear layers of a few rows, and gated MLPs made of them: every weight is read once, at the speed of memory."""
 
 from __future__ import annotations
 
@@ -6,34 +6,105 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-
 from skipc.kernels.library import library
 
 # More rows are bound by arithmetic, where a blocked matrix product wins (oneDNN's for bf16, earlier).
 MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8}
 
-library.define("skinny_linear(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor")
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}
+
+library.define(
+    "skinny_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? norm, float eps, Tensor? residual) -> Tensor"
+)
+library.define(
+    "gated_mlp(Tensor x, Tensor? norm, float eps, Tensor gate, Tensor up, Tensor down, int activation, "
+    "Tensor? residual) -> Tensor"
+)
+
+
+def _normed(x: torch.Tensor, norm: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return x.float() if norm is None else F.rms_norm(x.float(), x.shape[-1:], norm.float(), eps)
 
 
 def skinny_linear(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``cat([x @ w.T + b for each weight], dim=-1)`` without a copy of the weights.
+    """``cat([rms_norm(x) @ w.T + b for each weight], dim=-1) + residual`` without a copy of the weights.
 
     Args:
         x: ``[..., k]``, fp32 or bf16, contiguous; few rows.
         weights: ``[n_i, k]`` each, of the dtype of ``x``, rows contiguous.
         biases: one for each weight, ``[n_i]`` or None.
+        norm: weight ``[k]`` of an RMS norm of ``x`` (Zhang and Sennrich, arXiv 1910.07467); None for no norm.
+        eps: of the norm.
+        residual: added, ``[..., sum(n_i)]``, contiguous; or None.
 
     Returns:
-        ``[..., sum(n_i)]``, summed in fp32 and rounded once. A row's result does not depend on the other rows.
+        ``[..., sum(n_i)]``, computed in fp32 and rounded once. A row's result does not depend on the other rows.
     """
-    return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
+    rows = _normed(x, norm, eps)
+    parts = [F.linear(rows, w.float(), None if b is None else b.float()) for w, b in zip(weights, biases, strict=True)]
+    out = torch.cat(parts, dim=-1)
+    return (out if residual is None else out + residual.float()).to(x.dtype)
+
+
+def gated_mlp(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    eps: float,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    activation: int,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """``(act(h @ gate.T) * (h @ up.T)) @ down.T + residual`` with ``h = rms_norm(x)`` (Shazeer, arXiv 2002.05202).
+
+    Args:
+        x, norm, eps, residual: as in :func:`skinny_linear`.
+        gate, up: ``[inner, k]``. down: ``[n, inner]``.
+        activation: a value of :data:`ACTIVATIONS`.
+
+    Returns:
+        ``[..., n]``, computed in fp32 and rounded once.
+    """
+    rows = _normed(x, norm, eps)
+    gates = F.linear(rows, gate.float())
+    acts = (F.silu(gates), F.gelu(gates, approximate="tanh"), F.relu(gates))
+    out = F.linear(acts[activation] * F.linear(rows, up.float()), down.float())
+    return (out if residual is None else out + residual.float()).to(x.dtype)
 
 
 library.impl("skinny_linear", skinny_linear, "CompositeExplicitAutograd")
+library.impl("gated_mlp", gated_mlp, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("skipc::skinny_linear")
-def _(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    norm: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in weights))
+
+
+@torch.library.register_fake("skipc::gated_mlp")
+def _(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    eps: float,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    activation: int,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], down.shape[0])

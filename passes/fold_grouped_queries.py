@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import skipc.kernels.attention  # noqa: F401  (defines torch.ops.skipc.grouped_attention)
 import torch
 from skipc.passes.attention_forms import Attention, read_attention
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.fx_edit import erase_unused, infer, labels_of
 from skipc.passes.ops import same_sizes, tensor
 from torch import fx
-
-import skipc.kernels.attention  # noqa: F401  (defines torch.ops.skipc.grouped_attention)
 
 
 class FoldGroupedQueries(Pass):

@@ -14,10 +14,11 @@ from skipc.runtime import sessions
 from skipc.runtime.codegen import source_of
 from skipc.runtime.replay import note_call
 
-from skipc.ir.errors import PlanError
-from skipc.ir.program import KVPolicy, ProgramSpec, Var
+from skipc.ir.errors import PassError, PlanError
+from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Step, Var
 
 Arms = tuple[int, ...]
+Stream = tuple[tuple[torch.Tensor, int], ...]  # points of a residual stream, with their versions
 RegionFunction = Callable[[list[Any]], Sequence[Any]]
 
 
@@ -53,6 +54,7 @@ class Program:
         self.source = source_of(spec)
         self.exact: Arms = (0,) * len(spec.steps)
         self.site_names = frozenset(s.name for s in spec.sites)
+        self._verified: set[Arms] = set()
         self._plans: dict[tuple[frozenset[str], KVPolicy], Arms] = {}
         self._run = self._load()
 
@@ -66,7 +68,7 @@ class Program:
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         session = sessions.session_for(self.parameters_of(inputs)) if sessions.any_open() else None
-        outputs = self._run(inputs, self.exact) if session is None else session.call(self, inputs)
+        outputs = self.run(inputs, self.exact) if session is None else session.call(self, inputs)
         note_call(self, inputs, outputs)
         return outputs
 
@@ -76,6 +78,10 @@ class Program:
 
     def run(self, inputs: Sequence[Any], arms: Arms) -> tuple[Any, ...]:
         """Run with one arm chosen for each step."""
+        if arms not in self._verified:
+            outputs, _, _ = self._walk(inputs, arms, keep_streams=False)  # looks at what each region is given
+            self._verified.add(arms)
+            return outputs if arms is self.exact else self._unshared(inputs, outputs)
         outputs = self._run(inputs, arms)
         return outputs if arms is self.exact else self._unshared(inputs, outputs)
 
@@ -113,14 +119,31 @@ class Program:
         return frozenset().union(*(s.arms[a].skipped for s, a in zip(self.spec.steps, arms, strict=True)))
 
     def measure(self, inputs: Sequence[Any], arms: Arms) -> tuple[tuple[Any, ...], list[Measurement]]:
-        """Run step by step with a clock and a similarity for each site. Slower than :meth:`run`, same results."""
+        """Run step by step with a clock and a similarity for each site. Slower than :meth:`run`, same results.
+
+        Raises:
+            PassError: if a region gets a tensor of another layout than it was compiled for.
+        """
+        outputs, seconds, streams = self._walk(inputs, arms, keep_streams=True)
+        measured = [
+            Measurement(step.sites, took, _similarity(stream))  # after all steps: it disturbs no clock
+            for step, took, stream in zip(self.spec.steps, seconds, streams, strict=True)
+            if step.sites
+        ]
+        return (outputs if arms is self.exact else self._unshared(inputs, outputs)), measured
+
+    def _walk(
+        self, inputs: Sequence[Any], arms: Arms, keep_streams: bool
+    ) -> tuple[tuple[Any, ...], list[float], list[Stream]]:
+        """The program step by step: outputs, seconds of each step, and the stream around it."""
         scope = dict(zip(self.spec.inputs, inputs, strict=True))
         seconds: list[float] = []
-        streams: list[tuple[tuple[torch.Tensor, int], ...]] = []
+        streams: list[Stream] = []
         for step, index in zip(self.spec.steps, arms, strict=True):
             arm = step.arms[index]
             function = self.functions[arm.region] if arm.region is not None else None
             arguments = [scope[n] for n in arm.inputs]
+            _check_layouts(step, arm, arguments)
             _wait(inputs)
             start = time.perf_counter()
             results = function(arguments) if function is not None else ()
@@ -128,18 +151,25 @@ class Program:
             seconds.append(time.perf_counter() - start)
             scope.update(zip(arm.outputs, results, strict=True))
             scope.update({name: scope[value] for name, value in arm.copies})
-            points = [scope[n] for n in step.stream or ()]
-            streams.append(tuple((t, 0 if t.is_inference() else t._version) for t in points))
-        measured = [
-            Measurement(step.sites, took, _similarity(stream))  # after all steps: it disturbs no clock
-            for step, took, stream in zip(self.spec.steps, seconds, streams, strict=True)
-            if step.sites
-        ]
-        outputs = tuple(scope[v.name] if isinstance(v, Var) else v for v in self.spec.outputs)
-        return (outputs if arms is self.exact else self._unshared(inputs, outputs)), measured
+            if keep_streams:
+                points = [scope[n] for n in step.stream or ()]
+                streams.append(tuple((t, 0 if t.is_inference() else t._version) for t in points))
+            for name in step.releases:
+                scope.pop(name, None)
+        return tuple(scope[v.name] if isinstance(v, Var) else v for v in self.spec.outputs), seconds, streams
 
 
-def _similarity(stream: tuple[tuple[torch.Tensor, int], ...]) -> float | None:
+def _check_layouts(step: Step, arm: Arm, arguments: Sequence[Any]) -> None:
+    for name, layout, value in zip(arm.inputs, arm.layouts, arguments, strict=True):
+        if layout is None or not isinstance(value, torch.Tensor):
+            continue
+        sizes, strides = layout
+        found = (tuple(value.shape), value.stride())
+        if found[0] != sizes or any(a != b and n > 1 for a, b, n in zip(found[1], strides, sizes, strict=True)):
+            raise PassError(f"{step.label}: {name} has sizes and strides {found}, the region was compiled for {layout}")
+
+
+def _similarity(stream: Stream) -> float | None:
     """Similarity of two points of a stream, given with their versions; None if one was written since."""
     if len(stream) != 2 or any(not t.is_inference() and t._version != version for t, version in stream):
         return None

@@ -144,7 +144,9 @@ def run_regions_uncompiled(monkeypatch: Any) -> None:
     """Let regions run as they are, without Inductor: for tests of passes and programs that need many graphs."""
     import skipc.passes.lowering.outline as outline
 
-    monkeypatch.setattr(outline, "compile_region", lambda gm, config: lambda arguments: gm.forward(*arguments))
+    monkeypatch.setattr(
+        outline, "compile_region", lambda gm, config, checked=True: lambda arguments: gm.forward(*arguments)
+    )
 
 
 def check_model(model: torch.nn.Module, *args: Any, subsets: int = 8, seed: int = 0) -> list[str]:

@@ -5,31 +5,6 @@ namespace skipc {
 
 constexpr int64_t CHUNK = 256;  // keys a task takes; fixed, so that a result does not depend on threads or on company
 
-// exp for x <= 0, to about 1 ulp (Cephes' polynomial); exact 0 far below.
-inline vec exp_nonpositive(vec x) {
-  const vec low = vec{} - 87.33f;
-  const auto dead = x < low;
-  x = dead ? low : x;
-  const vec magic = vec{} + 12582912.0f;  // adding it rounds to a whole number
-  const vec t = x * 1.44269504088896341f + magic;
-  const vec n = t - magic;
-  vec r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  vec p = vec{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  uvec bits;
-  std::memcpy(&bits, &t, sizeof(bits));
-  bits = (bits << 23) + (127u << 23);  // the low bits of t hold n: 2^n
-  vec scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
-  return dead ? vec{} : p * scale;
-}
-
 // Dot products of MB queries (fp32, rows of length D) with NB keys.
 template <typename T, int MB, int NB>
 inline void dots(const float* q, int64_t D, const T* k, int64_t stride, float* out) {
@@ -43,9 +18,11 @@ inline void dots(const float* q, int64_t D, const T* k, int64_t stride, float* o
       for (int n = 0; n < NB; n++) acc[m][n] += qv * kv[n];
     }
   }
+  float total[MB * NB];
+  sums<MB * NB>(acc[0], total);
   for (int m = 0; m < MB; m++)
     for (int n = 0; n < NB; n++) {
-      float s = sum(acc[m][n]);
+      float s = total[m * NB + n];
       for (int64_t j = d; j < D; j++) s += q[m * D + j] * widen(k[n * stride + j]);
       out[m * CHUNK + n] = s;
     }

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace skipc {
@@ -63,12 +64,66 @@ inline vec load(const bf16* p) {
 }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof(v)); }
 
+// Sums over the lanes of N vectors at once: halves of neighbours are put side by side and added, again and again. Every
+// sum adds the same lanes in the same order, whatever N is.
+template <int N, int GROUP = W / 2, size_t... I>
+inline void fold(vec* v, std::index_sequence<I...> lanes) {
+  if constexpr (N > 1) {
+    for (int i = 0; i < N / 2; i++) {
+      const vec a = v[2 * i], b = v[2 * i + 1];
+      v[i] = __builtin_shufflevector(a, b, int(I % GROUP + I / GROUP * 2 * GROUP)...) +
+             __builtin_shufflevector(a, b, int(I % GROUP + I / GROUP * 2 * GROUP + GROUP)...);
+    }
+    if constexpr (GROUP > 1) fold<N / 2, GROUP / 2>(v, lanes);
+  } else {  // one vector of sums over groups of 2 * GROUP lanes: what would be its neighbour is itself
+    const vec a = v[0];
+    v[0] = __builtin_shufflevector(a, a, int((I % GROUP + I / GROUP * 2 * GROUP) % W)...) +
+           __builtin_shufflevector(a, a, int((I % GROUP + I / GROUP * 2 * GROUP + GROUP) % W)...);
+    if constexpr (GROUP > 1) fold<1, GROUP / 2>(v, lanes);
+  }
+}
+template <int N>
+inline void sums(vec* v, float* out) {  // destroys v
+  if constexpr ((N & (N - 1)) == 0 && N <= W) {
+    fold<N>(v, std::make_index_sequence<W>{});
+    float all[W];
+    std::memcpy(all, v, sizeof(vec));
+    std::memcpy(out, all, N * sizeof(float));
+  } else {
+    constexpr int M = N > 8 ? 8 : N > 4 ? 4 : N > 2 ? 2 : 1;
+    sums<M>(v, out);
+    sums<N - M>(v + M, out + M);
+  }
+}
 inline float sum(vec v) {
-  float lanes[W];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int w = W / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; i++) lanes[i] += lanes[i + w];
-  return lanes[0];
+  float out;
+  sums<1>(&v, &out);
+  return out;
+}
+
+// exp for x <= 0, to about 1 ulp (Cephes' polynomial); exact 0 far below.
+inline vec exp_nonpositive(vec x) {
+  const vec low = vec{} - 87.33f;
+  const auto dead = x < low;
+  x = dead ? low : x;
+  const vec magic = vec{} + 12582912.0f;  // adding it rounds to a whole number
+  const vec t = x * 1.44269504088896341f + magic;
+  const vec n = t - magic;
+  vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vec p = vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  uvec bits;
+  std::memcpy(&bits, &t, sizeof(bits));
+  bits = (bits << 23) + (127u << 23);  // the low bits of t hold n: 2^n
+  vec scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return dead ? vec{} : p * scale;
 }
 
 // A new CPU tensor. (The shim's own call: aten::empty through the boxed dispatcher costs two microseconds more.)

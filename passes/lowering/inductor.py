@@ -86,8 +86,9 @@ def overlapped_builds() -> Iterator[None]:
         wait(builds, scope)
 
 
-def compile_region(gm: fx.GraphModule, config: Config) -> Compiled:
-    """Compile one region with Inductor. The result takes a list of inputs and returns the outputs in order.
+def compile_region(gm: fx.GraphModule, config: Config, checked: bool = True) -> Compiled:
+    """Compile one region with Inductor. The result takes a list of inputs and returns the outputs in order. With
+    ``checked`` it checks their sizes and strides at every call, which takes a tenth of the time between kernels.
 
     Example inputs are the fake tensors of Dynamo's trace, so guards on size symbols land in Dynamo's own ShapeEnv.
     """
@@ -105,9 +106,12 @@ def compile_region(gm: fx.GraphModule, config: Config) -> Compiled:
     # A tracing context of its own: AOTAutograd would otherwise mix the example values with the outer context's mode,
     # and leave this region's metadata there for the next one. Its cache is off because a hit hides the inner function;
     # Inductor's own cache, which holds the costly part, stays on.
+    patches = config_patches(config)
+    if not checked:
+        patches = {"size_asserts": False, "alignment_asserts": False, **patches}
     context = TracingContext(mode)
     with tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
-        compiled: Any = compile_fx(gm, values, inner_compile=keep_inner, config_patches=config_patches(config))
+        compiled: Any = compile_fx(gm, values, inner_compile=keep_inner, config_patches=patches)
     function = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None
     if function is not None and _wrapper_does_nothing(context.fw_metadata, values):
         return _direct(function, context.fw_metadata)

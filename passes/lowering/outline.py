@@ -25,14 +25,14 @@ from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
 from skipc.passes.lowering.inductor import Compiled, compile_region, overlapped_builds
 from skipc.passes.lowering.structure import structure_of, translate
 from skipc.passes.manager import PassManager
-from skipc.passes.ops import VIEWS, is_parameter_like, op_name, tensors
+from skipc.passes.ops import VIEWS, is_parameter_like, op_name, tensor, tensors
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skipc.ir.config import Config
-from skipc.ir.program import Arm, ProgramSpec, RegionInfo, Step, Var
+from skipc.ir.program import Arm, Layout, ProgramSpec, RegionInfo, Step, Var
 from skipc.ir.site import Site, SiteKind
 
 _FREE = VIEWS | frozenset(["getitem", "expand", "transpose", "permute", "size", "add_", "arange", "add", "to", "sub"])
@@ -137,6 +137,7 @@ class Outline:
             kv=arm.kv,
             region=region,
             inputs=tuple(map(named, arm.inputs)),
+            layouts=tuple(map(_layout, arm.inputs)),
             outputs=tuple(map(named, arm.outputs)),
             copies=tuple((named(a), named(b)) for a, b in arm.copies),
             refused=arm.refused,
@@ -221,7 +222,8 @@ class Outline:
         before = len(shape_env.guards) if shape_env is not None else 0
         start = time.perf_counter()
         # Inductor takes the graph over and rewrites it; explain still wants to print it.
-        region.function = compile_region(copy_graph(region.gm), config)
+        # Regions of fixed sizes are checked by the program, once, instead of by themselves, at every call.
+        region.function = compile_region(copy_graph(region.gm), config, checked=bool(region.symbols))
         region.seconds = time.perf_counter() - start
         if shape_env is not None:
             region.guards = [g.expr for g in shape_env.guards[before:]]
@@ -238,6 +240,14 @@ class Outline:
             for guard in translate(region.guards, symbols, region.symbols):
                 if not self.mode.shape_env.evaluate_expr(guard):
                     raise RuntimeError(f"region {region.name} is shared by places of different sizes: {guard}")
+
+
+def _layout(node: fx.Node) -> Layout | None:
+    """Sizes and strides of ``node``, if they are the same at every call."""
+    value = tensor(node)
+    if value is None or not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
+        return None
+    return tuple(value.shape), value.stride()
 
 
 def _written_name(write: fx.Node) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from skipc.ir.site import Site
 
 KVPolicy = Literal["project", "none"]
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Arm:
     kv: KVPolicy = "project"
     region: int | None = None  # region to call; None if there is nothing to run
     inputs: tuple[str, ...] = ()  # variables passed to the region
+    layouts: tuple[Layout | None, ...] = ()  # of the inputs, for which the region is compiled; None where it varies
     outputs: tuple[str, ...] = ()  # variables that receive its results
     copies: tuple[tuple[str, str], ...] = ()  # (variable, the variable whose value it takes)
     refused: str | None = None  # why this arm would be wrong, if so

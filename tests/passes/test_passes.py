@@ -201,6 +201,7 @@ class TestManager:
             "narrow_kv_cache",
             "find_sites",
             "lower_attention",
+            "lower_gated_mlp",
             "lower_linears",
         ]
         assert len(explanation.sites) == 2  # sums in place stay hidden

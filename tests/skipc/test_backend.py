@@ -104,10 +104,11 @@ def test_equal_layers_are_compiled_once() -> None:
 
 
 def test_same_bits_as_inductor() -> None:
-    """Regions hold whole sublayers, so the fp32 arithmetic is the same."""
+    """Regions hold whole sublayers, so without native kernels, which sum in another order, fp32 has the same bits."""
     model, tokens = ZOO["llama"].build(), ids()
     whole = torch.compile(model, isolate_recompiles=True)(tokens, use_cache=False).logits
-    assert torch.equal(skipc.compile(model, **STRICT)(tokens, use_cache=False).logits, whole)
+    off = ("fold_grouped_queries", "lower_gated_mlp", "lower_linears")
+    assert torch.equal(skipc.compile(model, disable_passes=off, **STRICT)(tokens, use_cache=False).logits, whole)
 
 
 def test_bfloat16() -> None:

@@ -1,0 +1,89 @@
+"""Decode steps of SmolLM2 with nothing skipped: skipc beside eager, Inductor, and Inductor with max-autotune and freezing.
+
+Each cell of the grid is a process of its own, in which all peers take turns. Run: python benchmarks/decode.py
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+from common import bandwidth, cell_main, check_load, compare, grid_options, peers, run_grid, table
+
+import skipc
+from skipc.smollm2 import load_smollm2
+
+NAMES = ["eager", "inductor", "inductor max", "skipc step", "skipc generate"]
+
+
+@torch.no_grad()
+def cell(dtype: str, batch: int, cache: int, live: int, threads: int, rounds: int, only: str | None) -> dict[str, Any]:
+    """Milliseconds of one step, by peer, at a context that starts with ``live`` keys of ``cache``."""
+    from skipc.runtime.generation import Decoder
+    from transformers import StaticCache
+
+    torch.set_num_threads(threads)
+    model, _ = load_smollm2(getattr(torch, dtype))
+    token = torch.full((batch, 1), 35)
+    warm = 4
+    live = min(live, cache - rounds - warm - 2)
+
+    def filled() -> Any:
+        kv = StaticCache(config=model.config, max_cache_len=cache)
+        model(token, past_key_values=kv)
+        for layer in kv.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+            layer.cumulative_length.fill_(live)
+        return kv
+
+    steps: dict[str, Callable[[], torch.Tensor]] = {}
+    for name in NAMES if only is None else [only]:
+        if name == "skipc generate":
+            decoder = Decoder(model, skipc.compile(model, fullgraph=True, on_error="raise"), batch, cache, padded=False)
+            for layer in decoder.cache.layers:
+                layer.keys.normal_()
+                layer.values.normal_()
+                layer.cumulative_length.fill_(live)
+            tokens = token[:, 0]
+            steps[name] = lambda decoder=decoder, tokens=tokens: decoder.decode(tokens)
+        else:
+            call, kv = peers(name, model), filled()
+            steps[name] = lambda call=call, kv=kv: call(token, past_key_values=kv).logits
+    result = compare(steps, rounds, warm, baselines=("inductor", "inductor max"))
+    config = model.config
+    size = torch.finfo(getattr(torch, dtype)).bits // 8
+    weights = sum(p.numel() for p in model.parameters()) * size
+    heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    result["bytes"] = weights + batch * (live + rounds // 2) * 2 * config.num_hidden_layers * heads * size
+    result["bandwidth"] = bandwidth()
+    result["limit_ms"] = result["bytes"] / result["bandwidth"] * 1e3
+    return result
+
+
+@click.command()
+@grid_options
+@click.option("--dtype", "dtypes", multiple=True, default=["float32", "bfloat16"], show_default=True)
+@click.option("--batch", "batches", multiple=True, type=int, default=[1, 4, 8], show_default=True)
+@click.option("--cache", "caches", multiple=True, type=int, default=[512, 2048, 8192], show_default=True)
+@click.option("--live", "lives", multiple=True, type=int, default=[256, 1 << 30], help="Keys in use; large: all.")
+@click.option("--threads", "all_threads", multiple=True, type=int, default=[2, 1], show_default=True)
+def main(dtypes: Any, batches: Any, caches: Any, lives: Any, all_threads: Any, **options: Any) -> None:
+    """Compare decode steps."""
+    if options["cell"]:
+        return cell_main(cell, options)
+    check_load()
+    cells = [
+        {"dtype": d, "batch": b, "cache": c, "live": v, "threads": t}
+        for t, d, b, c, v in itertools.product(all_threads, dtypes, batches, caches, lives)
+    ]
+    records = run_grid(__file__, cells, options, NAMES)
+    table("decode step", records, ["threads", "dtype", "batch", "cache", "live"], NAMES, options["plot"])
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Run a gated MLP of a few rows as one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from skipc.kernels import native
+from skipc.kernels.linear import ACTIVATIONS
+from skipc.passes.base import Pass, PassContext, PassResult
+from skipc.passes.dataflow import Dataflow
+from skipc.passes.fx_edit import erase_unused, infer, labels_of
+from skipc.passes.ops import argument, op_name
+from skipc.passes.skinny import bias_of, is_skinny, norm_before, sum_after
+from torch import fx
+
+
+class LowerGatedMLP(Pass):
+    """Turn ``down(act(gate(x)) * up(x))`` on few rows into one kernel, with the RMS norm before it and the residual sum
+    behind it where they are alone with it. The threads meet once, and between the products nothing is stored.
+
+    Before::
+
+        %g : f32[1, 1, 96] = silu(linear(%h, %wg, None))
+        %u : f32[1, 1, 96] = linear(%h, %wu, None)
+        %d : f32[1, 1, 64] = linear(%g * %u, %wd, None)
+        %y : f32[1, 1, 64] = add(%x, %d)
+
+    After::
+
+        %y : f32[1, 1, 64] = skipc.gated_mlp(%x, %n, 1e-5, %wg, %wu, %wd, 0, %x)
+
+    Leaves alone: what ``lower_linears`` leaves, biases, other activations, gates and values from one merged product.
+    """
+
+    name = "lower_gated_mlp"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        found = [m for n in gm.graph.nodes if (m := read_gated_mlp(n)) is not None]
+        if not found:
+            return PassResult()
+        reason = native.available()
+        if reason is not None:
+            return PassResult(notes=(reason,))
+        flow, matched = Dataflow(gm.graph), 0
+        for mlp in found:
+            if not any(flow.storages[n] & flow.written for n in (mlp.x, mlp.gate, mlp.up, mlp.down)):
+                self._rewrite(gm.graph, mlp)
+                matched += 1
+        return PassResult(matched, matched > 0)
+
+    @staticmethod
+    def _rewrite(graph: fx.Graph, mlp: GatedMLP) -> None:
+        norm = norm_before(mlp.x, mlp.readers)
+        source = (norm.x, norm.weight, norm.eps) if norm else (mlp.x, None, 0.0)
+        total = sum_after(mlp.result)
+        last, residual = total if total is not None else (mlp.result, None)
+        with graph.inserting_before(last):
+            arguments = (*source, mlp.gate, mlp.up, mlp.down, ACTIVATIONS[mlp.activation], residual)
+            made = graph.call_function(torch.ops.skipc.gated_mlp.default, arguments)
+            made.meta = labels_of(mlp.result)
+            infer(made)
+        last.replace_all_uses_with(made)
+        erase_unused(last)
+
+
+@dataclass
+class GatedMLP:
+    """A gated MLP: its input and the layers that read it, its weights, activation and result."""
+
+    x: fx.Node
+    gate: fx.Node
+    up: fx.Node
+    down: fx.Node
+    activation: str
+    readers: list[fx.Node]
+    result: fx.Node
+
+
+def read_gated_mlp(node: fx.Node) -> GatedMLP | None:
+    """The gated MLP whose last product ``node`` is."""
+    if not is_skinny(node) or bias_of(node) is not None:
+        return None
+    product = node.args[0]
+    if op_name(product) not in ("mul", "__mul__") or len(product.args) != 2 or len(product.users) != 1:  # type: ignore[arg-type,union-attr]
+        return None
+    for act, up in (product.args, product.args[::-1]):  # type: ignore[union-attr]
+        kind = _activation(act)
+        gate = act.args[0] if kind is not None else None
+        if kind is None or not _plain(gate) or not _plain(up) or gate.args[0] is not up.args[0] or len(act.users) != 1:
+            continue
+        return GatedMLP(gate.args[0], gate.args[1], up.args[1], node.args[1], kind, [gate, up], node)  # type: ignore[arg-type]
+    return None
+
+
+def _plain(node: Any) -> bool:
+    return is_skinny(node) and bias_of(node) is None and len(node.users) == 1
+
+
+def _activation(node: Any) -> str | None:
+    name = op_name(node) if isinstance(node, fx.Node) else ""
+    if name in ("silu", "relu"):
+        return name
+    approximate = node.kwargs.get("approximate", argument(node, "approximate", "none")) if name == "gelu" else None
+    return "gelu_tanh" if approximate == "tanh" else None

@@ -1,0 +1,54 @@
+"""What the passes that lower linear layers of few rows have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skipc.kernels.linear import MAX_ROWS
+from skipc.passes.norms import RMSNorm, read_rms_norm
+from skipc.passes.ops import is_add, op_name, same_sizes, tensor
+from torch import fx
+
+
+def bias_of(linear: fx.Node) -> Any:
+    """The bias of a linear layer, or None."""
+    return linear.kwargs.get("bias", linear.args[2] if len(linear.args) > 2 else None)
+
+
+def is_skinny(node: Any) -> bool:
+    """True for a linear layer of few rows that the native kernels take."""
+    if not isinstance(node, fx.Node) or op_name(node) != "linear" or node.op != "call_function":
+        return False
+    if len(node.args) < 2 or set(node.kwargs) - {"bias"}:
+        return False
+    x, w, b = tensor(node.args[0]), tensor(node.args[1]), tensor(bias_of(node))
+    if x is None or w is None or (bias_of(node) is not None and b is None):
+        return False
+    if any(t.device.type != "cpu" or t.dtype != x.dtype for t in (x, w, b) if t is not None):
+        return False
+    if x.dtype not in MAX_ROWS or w.dim() != 2 or x.dim() < 1 or w.stride(1) != 1:
+        return False
+    if not all(isinstance(n, int) for n in (*x.shape, *w.shape)) or (b is not None and b.stride(0) != 1):
+        return False
+    rows = x.numel() // max(1, x.shape[-1])
+    # Grouped or fused, layers run earlier or later than where they stood: their weights must be inputs.
+    inputs = all(a.op in ("placeholder", "get_attr") for a in node.all_input_nodes[1:])
+    return 1 <= rows <= MAX_ROWS[x.dtype] and x.is_contiguous() and x.shape[-1] > 0 and inputs
+
+
+def norm_before(x: fx.Node, readers: list[fx.Node]) -> RMSNorm | None:
+    """The norm that makes ``x``, if nobody but ``readers`` reads it."""
+    return read_rms_norm(x) if set(x.users) <= set(readers) else None
+
+
+def sum_after(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The sum that alone reads ``node``, and what it adds, if that is a value of the same form."""
+    add = next(iter(node.users)) if len(node.users) == 1 else None
+    if add is None or not is_add(add) or add.args[0] is add.args[1]:
+        return None
+    other = add.args[1] if add.args[0] is node else add.args[0]
+    made, before, total = tensor(node), tensor(other), tensor(add)
+    if made is None or before is None or total is None:
+        return None
+    same = all(t.dtype == made.dtype and same_sizes(t.shape, made.shape) and t.is_contiguous() for t in (before, total))
+    return (add, other) if same else None  # type: ignore[return-value]
