@@ -1,4 +1,4 @@
-"""Decode steps of SmolLM2 with nothing skipped: skipc beside eager, Inductor, and Inductor with max-autotune and freezing.
+"""Decode steps of SmolLM2 with nothing skipped: skipc beside eager, Inductor, and Inductor tuned and frozen.
 
 Each cell of the grid is a process of its own, in which all peers take turns. Run: python benchmarks/decode.py
 """

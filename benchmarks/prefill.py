@@ -32,7 +32,9 @@ def cell(
         kv = StaticCache(config=model.config, max_cache_len=cache)
         model(ids[:, :1], past_key_values=kv)
 
-        def run(call: Any = peers(name, model), kv: Any = kv) -> torch.Tensor:
+        call = peers(name, model)
+
+        def run(call: Any = call, kv: Any = kv) -> torch.Tensor:
             for layer in kv.layers:
                 layer.cumulative_length.fill_(0)
             return call(ids.clone(), past_key_values=kv, logits_to_keep=1).logits  # type: ignore[no-any-return]

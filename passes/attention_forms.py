@@ -17,7 +17,7 @@ _MATMUL = frozenset(["matmul", "__matmul__"])
 
 @dataclass
 class Attention:
-    """Softmax attention over four-dimensional heads. ``key`` and ``value`` are as they are before heads are repeated."""
+    """Softmax attention over four-dimensional heads. ``key`` and ``value`` are taken before heads are repeated."""
 
     query: fx.Node
     key: fx.Node
@@ -29,7 +29,7 @@ class Attention:
     repeated: bool  # heads were repeated in memory, or would be by ``enable_gqa``
 
 
-def read_attention(node: fx.Node) -> Attention | None:
+def read_attention(node: Any) -> Attention | None:
     """The attention whose result ``node`` is, if it has a form known here and dtypes that our kernels take."""
     name = op_name(node)
     if name == "scaled_dot_product_attention":
@@ -41,7 +41,7 @@ def read_attention(node: fx.Node) -> Attention | None:
     return found if found is not None and _supported(found) else None
 
 
-def _fused(node: fx.Node) -> Attention | None:
+def _fused(node: Any) -> Attention | None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     if len(node.args) > len(names) or given.get("dropout_p", 0.0) != 0.0:
@@ -58,7 +58,7 @@ def _fused(node: fx.Node) -> Attention | None:
     return Attention(query, key, value, mask, causal, scale, 0.0, repeated or gqa)
 
 
-def _spelled_out(node: fx.Node) -> Attention | None:
+def _spelled_out(node: Any) -> Attention | None:
     """``softmax(softcap * tanh(q @ k.T * scale / softcap) + mask) @ v``, each part but the products optional."""
     weights, value = node.args
     weights = _through(weights, {"to", "type_as"})
@@ -105,7 +105,7 @@ def _supported(a: Attention) -> bool:
     if a.mask is None:
         return True
     mask = tensor(a.mask)
-    return mask is not None and mask.dim() <= 4 and mask.dtype in (torch.bool, torch.float32, q.dtype) and not a.causal
+    return mask is not None and mask.dim() <= 4 and mask.dtype in (torch.bool, q.dtype) and not a.causal
 
 
 def _unrepeated_pair(key: Any, value: Any) -> tuple[Any, Any, bool]:
@@ -145,7 +145,7 @@ def _unrepeated(node: Any) -> fx.Node | None:
     return source if same and merged else None
 
 
-def _inserts_axis_two(node: fx.Node) -> bool:
+def _inserts_axis_two(node: Any) -> bool:
     if op_name(node) == "unsqueeze":
         return argument(node, "dim", node.args[1] if len(node.args) > 1 else None) == 2
     index = node.args[1] if op_name(node) in ("getitem", "__getitem__") else None
@@ -156,9 +156,10 @@ def _inserts_axis_two(node: fx.Node) -> bool:
 def _swaps_last(node: Any) -> bool:
     if not isinstance(node, fx.Node):
         return False
-    if op_name(node) in ("transpose", "swapaxes") and len(node.args) == 3:
-        return {node.args[1] % 4, node.args[2] % 4} == {2, 3}
-    return op_name(node) == "permute" and tuple(node.args[1:]) in ((0, 1, 3, 2), ((0, 1, 3, 2),))
+    arguments: Any = node.args
+    if op_name(node) in ("transpose", "swapaxes") and len(arguments) == 3:
+        return {arguments[1] % 4, arguments[2] % 4} == {2, 3}
+    return op_name(node) == "permute" and tuple(arguments[1:]) in ((0, 1, 3, 2), ((0, 1, 3, 2),))
 
 
 def _through(node: Any, names: set[str]) -> Any:

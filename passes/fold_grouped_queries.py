@@ -55,7 +55,8 @@ def replace_attention(node: fx.Node, found: Attention, live: fx.Node | None) -> 
         made.meta = labels_of(node)
         infer(made)
         before, after = tensor(node), tensor(made)
-        assert before is not None and after is not None
+        assert before is not None
+        assert after is not None
         if not same_sizes(before.stride(), after.stride()):
             made = graph.call_method("contiguous", (made,))
             made.meta = labels_of(node)

@@ -40,6 +40,7 @@ class LowerAttention(Pass):
 
 def _small(node: fx.Node) -> bool:
     q, k = tensor(node.args[0]), tensor(node.args[1])
-    assert q is not None and k is not None
+    assert q is not None
+    assert k is not None
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     return isinstance(rows, int) and rows <= MAX_ROWS

@@ -46,13 +46,13 @@ class LowerGatedMLP(Pass):
         flow, matched = Dataflow(gm.graph), 0
         for mlp in found:
             if not any(flow.storages[n] & flow.written for n in (mlp.x, mlp.gate, mlp.up, mlp.down)):
-                self._rewrite(gm.graph, mlp)
+                self._rewrite(gm.graph, mlp, flow)
                 matched += 1
         return PassResult(matched, matched > 0)
 
     @staticmethod
-    def _rewrite(graph: fx.Graph, mlp: GatedMLP) -> None:
-        norm = norm_before(mlp.x, mlp.readers)
+    def _rewrite(graph: fx.Graph, mlp: GatedMLP, flow: Dataflow) -> None:
+        norm = norm_before(mlp.x, mlp.readers, flow)
         source = (norm.x, norm.weight, norm.eps) if norm else (mlp.x, None, 0.0)
         total = sum_after(mlp.result)
         last, residual = total if total is not None else (mlp.result, None)
@@ -78,19 +78,19 @@ class GatedMLP:
     result: fx.Node
 
 
-def read_gated_mlp(node: fx.Node) -> GatedMLP | None:
+def read_gated_mlp(node: Any) -> GatedMLP | None:
     """The gated MLP whose last product ``node`` is."""
     if not is_skinny(node) or bias_of(node) is not None:
         return None
-    product = node.args[0]
-    if op_name(product) not in ("mul", "__mul__") or len(product.args) != 2 or len(product.users) != 1:  # type: ignore[arg-type,union-attr]
+    product: Any = node.args[0]
+    if op_name(product) not in ("mul", "__mul__") or len(product.args) != 2 or len(product.users) != 1:
         return None
-    for act, up in (product.args, product.args[::-1]):  # type: ignore[union-attr]
+    for act, up in (product.args, product.args[::-1]):
         kind = _activation(act)
-        gate = act.args[0] if kind is not None else None
+        gate: Any = act.args[0] if kind is not None else None
         if kind is None or not _plain(gate) or not _plain(up) or gate.args[0] is not up.args[0] or len(act.users) != 1:
             continue
-        return GatedMLP(gate.args[0], gate.args[1], up.args[1], node.args[1], kind, [gate, up], node)  # type: ignore[arg-type]
+        return GatedMLP(gate.args[0], gate.args[1], up.args[1], node.args[1], kind, [gate, up], node)
     return None
 
 

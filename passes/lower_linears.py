@@ -50,14 +50,14 @@ class LowerLinears(Pass):
             written = any(flow.storages[a] & flow.written for a in node.all_input_nodes)
             groups.setdefault(node if written else node.args[0], []).append(node)  # grouped, all run with the first
         for group in groups.values():
-            self._rewrite(gm.graph, group)
+            self._rewrite(gm.graph, group, flow)
         return PassResult(len(linears), True)
 
     @staticmethod
-    def _rewrite(graph: fx.Graph, linears: list[fx.Node]) -> None:
+    def _rewrite(graph: fx.Graph, linears: list[fx.Node], flow: Dataflow) -> None:
         first, x = linears[0], linears[0].args[0]
         weights, biases = [n.args[1] for n in linears], [bias_of(n) for n in linears]
-        norm = norm_before(x, linears)  # type: ignore[arg-type]
+        norm = norm_before(x, linears, flow)  # type: ignore[arg-type]
         source = (norm.x, weights, biases, norm.weight, norm.eps) if norm else (x, weights, biases, None, 0.0)
         total = sum_after(first) if len(linears) == 1 else None
         last = first

@@ -60,7 +60,8 @@ class NarrowKVCache(Pass):
     def _narrows(key: fx.Node, mask: fx.Node, flow: Dataflow) -> bool:
         """True if the keys lie in an input of the graph and the mask speaks of each of them."""
         k, m = tensor(key), tensor(mask)
-        assert k is not None and m is not None
+        assert k is not None
+        assert m is not None
         in_cache = bool(flow.storages[key] & flow.input_storages)
         return in_cache and m.dim() == 4 and same_sizes(m.shape[-1:], k.shape[2:3])
 

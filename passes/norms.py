@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from skipc.passes.ops import argument, op_name, tensor
+from skipc.passes.ops import op_name, tensor
 from torch import fx
 
 _PRODUCT = frozenset(["mul", "__mul__"])
@@ -37,9 +37,9 @@ def read_rms_norm(node: fx.Node) -> RMSNorm | None:
     return None
 
 
-def _fused(node: fx.Node) -> RMSNorm | None:
-    x, weight, eps = argument(node, "input"), argument(node, "weight"), argument(node, "eps")
-    shape = argument(node, "normalized_shape")
+def _fused(node: Any) -> RMSNorm | None:
+    given = dict(zip(("input", "normalized_shape", "weight", "eps"), node.args, strict=False)) | node.kwargs
+    x, shape, weight, eps = map(given.get, ("input", "normalized_shape", "weight", "eps"))
     if (
         not isinstance(x, fx.Node)
         or not isinstance(weight, fx.Node)
@@ -61,7 +61,7 @@ def _arithmetic(node: Any) -> tuple[fx.Node, float] | None:
     for wide, root in (node.args, node.args[::-1]):
         if not isinstance(root, fx.Node) or not isinstance(wide, fx.Node) or op_name(root) != "rsqrt":
             continue
-        total = root.args[0]
+        total: Any = root.args[0]
         if op_name(total) not in _SUM or not isinstance(total.args[1], float):
             continue
         mean, eps = total.args
@@ -70,15 +70,21 @@ def _arithmetic(node: Any) -> tuple[fx.Node, float] | None:
         square = mean.args[0]
         squared = op_name(square) in ("pow", "square") and (op_name(square) == "square" or square.args[1] in (2, 2.0))
         twice = op_name(square) in _PRODUCT and square.args[0] is square.args[1]
-        if (squared or twice) and square.args[0] is wide and tensor(wide).dtype == torch.float32:  # type: ignore[union-attr]
+        if (squared or twice) and square.args[0] is wide and _wide(wide):
             return _through_casts(wide), eps
     return None
 
 
-def _over_last(mean: fx.Node) -> bool:
+def _wide(node: Any) -> bool:
+    value = tensor(node)
+    return value is not None and value.dtype == torch.float32
+
+
+def _over_last(mean: Any) -> bool:
     dim = mean.kwargs.get("dim", mean.args[1] if len(mean.args) > 1 else None)
     keep = mean.kwargs.get("keepdim", mean.args[2] if len(mean.args) > 2 else False)
-    rank = tensor(mean.args[0]).dim()  # type: ignore[union-attr]
+    value = tensor(mean.args[0])
+    rank = value.dim() if value is not None else 0
     return keep is True and dim in (-1, (-1,), [-1], rank - 1)
 
 

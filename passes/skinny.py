@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from skipc.kernels.linear import MAX_ROWS
+from skipc.passes.dataflow import Dataflow
 from skipc.passes.norms import RMSNorm, read_rms_norm
 from skipc.passes.ops import is_add, op_name, same_sizes, tensor
 from torch import fx
@@ -36,9 +37,12 @@ def is_skinny(node: Any) -> bool:
     return 1 <= rows <= MAX_ROWS[x.dtype] and x.is_contiguous() and x.shape[-1] > 0 and inputs
 
 
-def norm_before(x: fx.Node, readers: list[fx.Node]) -> RMSNorm | None:
-    """The norm that makes ``x``, if nobody but ``readers`` reads it."""
-    return read_rms_norm(x) if set(x.users) <= set(readers) else None
+def norm_before(x: fx.Node, readers: list[fx.Node], flow: Dataflow) -> RMSNorm | None:
+    """The norm that makes ``x``, if nobody but ``readers`` reads it, and what it reads is written nowhere."""
+    found = read_rms_norm(x) if set(x.users) <= set(readers) else None
+    if found is None or found.x not in flow.storages:  # made by this pass: nobody knows who writes it
+        return None
+    return None if (flow.storages[found.x] | flow.storages[found.weight]) & flow.written else found
 
 
 def sum_after(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

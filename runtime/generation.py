@@ -1,4 +1,4 @@
-"""``skipc.generate``: prefill and decode on a static cache, with guards checked when something changes, not per token."""
+"""``skipc.generate``: prefill and decode on a static cache, with guards checked when something changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OnToken = Callable[[torch.Tensor], Any]
 class Decoder:
     """A model, a static cache for ``batch`` rows of up to ``length`` tokens, and the buffers that a step reads."""
 
-    def __init__(self, model: torch.nn.Module, call: Callable[..., Any], batch: int, length: int, padded: bool):
+    def __init__(self, model: Any, call: Callable[..., Any], batch: int, length: int, padded: bool):
         from transformers import StaticCache
 
         device = next(model.parameters()).device
@@ -198,7 +198,8 @@ def _processors(
             chain.append(hf.TopKLogitsWarper(top_k))
         if top_p is not None and top_p < 1.0:
             chain.append(hf.TopPLogitsWarper(top_p))
-    return hf.LogitsProcessorList(chain) if chain else None
+    made: Any = hf.LogitsProcessorList(chain) if chain else None
+    return made
 
 
 def _draw(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

@@ -48,7 +48,7 @@ class ModelWatch:
 
     def __init__(self, model: torch.nn.Module):
         modules = list(model.modules())
-        self._members = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+        self._members: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self._attributes = [vars(m) for m in modules]
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._kept = [v for d in self._members for v in d.values()]  # alive, so that no identity is used again

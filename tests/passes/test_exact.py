@@ -10,6 +10,7 @@ import torch
 from skipc.kernels import native
 from skipc.passes.fold_grouped_queries import FoldGroupedQueries
 from skipc.passes.lower_attention import LowerAttention
+from skipc.passes.lower_gated_mlp import LowerGatedMLP
 from skipc.passes.lower_linears import LowerLinears
 from skipc.passes.narrow_kv_cache import NarrowKVCache
 from skipc.passes.remove_noops import RemoveNoops
@@ -187,6 +188,85 @@ class TestLowerings:
 
         check_pass(LowerAttention, model, Q, K, V, matches=1, there=["decode_attention"])
         check_pass(LowerAttention, model, torch.randn(2, 6, 50, 16), K, V, matches=0, there=["grouped_attention"])
+
+
+def rms(x: torch.Tensor, w: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    wide = x.to(torch.float32)
+    return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class GatedBlock(nn.Module):
+    """A gated MLP with its norm and residual sum; ``form`` bends it."""
+
+    def __init__(self, form: str = ""):
+        super().__init__()
+        self.form = form
+        self.w = nn.Parameter(torch.rand(16) + 0.5)
+        self.gate, self.up = nn.Linear(16, 40, bias=form == "bias"), nn.Linear(16, 40, bias=False)
+        self.down = nn.Linear(40, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.rms_norm(x, (16,), self.w, 1e-5) if self.form == "fused norm" else rms(x, self.w)
+        g, u = self.gate(h), self.up(h)
+        act = {"gelu": F.gelu, "tanh": lambda v: F.gelu(v, approximate="tanh"), "relu": torch.relu}.get(
+            self.form, F.silu
+        )
+        y = self.down(u * act(g) if self.form == "turned" else act(g) * u)
+        if self.form == "norm read twice":
+            y = y + h
+        if self.form == "gate read twice":
+            y = y + g[..., :16]
+        return y * 2 + x if self.form == "scaled" else x + y
+
+
+@needs_compiler
+class TestLowerGatedMLP:
+    @pytest.mark.parametrize("form", ["", "fused norm", "tanh", "relu", "turned", "scaled", "norm read twice"])
+    def test_matches(self, form: str) -> None:
+        result = check_pass(
+            LowerGatedMLP,
+            GatedBlock(form),
+            torch.randn(2, 3, 16),
+            matches=1,
+            there=["gated_mlp"],
+            gone=["linear", "silu"],
+        )
+        fused = next(n for n in result.graph.nodes if n.target is torch.ops.skipc.gated_mlp.default)
+        assert (fused.args[1] is None) == (form == "norm read twice"), "norm"
+        assert (fused.args[7] is None) == (form == "scaled"), "residual"
+
+    @pytest.mark.parametrize("form", ["bias", "gelu", "gate read twice"])
+    def test_leaves(self, form: str) -> None:
+        check_pass(LowerGatedMLP, GatedBlock(form), torch.randn(2, 3, 16), matches=0, there=["linear"])
+
+    def test_leaves_many_rows_and_written_inputs(self) -> None:
+        check_pass(LowerGatedMLP, GatedBlock(), torch.randn(20, 16), matches=0)
+
+        class Writes(GatedBlock):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                h = rms(x, self.w)
+                g, u = self.gate(h), self.up(h)
+                h.mul_(2)
+                return self.down(F.silu(g) * u) + h
+
+        check_pass(LowerGatedMLP, Writes(), torch.randn(2, 16), matches=0)
+        check_pass(LowerLinears, Writes(), torch.randn(2, 16), matches=3)
+
+
+@needs_compiler
+def test_a_norm_whose_input_is_written_later_is_not_moved() -> None:
+    class Writes(GatedBlock):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = rms(x, self.w)
+            x.mul_(3)
+            return self.gate(h)
+
+    result = check_pass(LowerLinears, Writes(), torch.randn(2, 16), matches=1)
+    assert next(n for n in result.graph.nodes if n.target is torch.ops.skipc.skinny_linear.default).args[3] is None
+    result = check_pass(
+        LowerLinears, nn.Sequential(nn.RMSNorm(16, 1e-5), nn.Linear(16, 4)), torch.randn(2, 16), matches=1
+    )
+    assert next(n for n in result.graph.nodes if n.target is torch.ops.skipc.skinny_linear.default).args[3] is not None
 
 
 MODELS = {  # which passes must match in a decode step with a static cache
