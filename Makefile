@@ -6,14 +6,15 @@ PIP = $(VENV)/bin/python -m pip
 PYTEST = $(VENV)/bin/python -m pytest
 SOURCES = skipc passes runtime kernels tests benchmarks examples
 
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo test test-all check format bench bench-grid clean
 
 help:
 	@echo "make demo      install, then run SmolLM2 under Inductor and under skipc (about 5 minutes on 2 cores)"
 	@echo "make test      install, then run the test suite (about 15 minutes on 2 cores)"
 	@echo "make test-all  the same with the long sweeps"
 	@echo "make check     format, lint and types (on an installed wheel)"
-	@echo "make bench     the benchmarks, side by side with Inductor (about 10 minutes)"
+	@echo "make bench     first call and skipping, side by side with Inductor (about 10 minutes)"
+	@echo "make bench-grid  decode, prefill and greedy tokens over the whole grid of peers (hours; goes on where it stopped)"
 
 # One environment for all targets, made again when the project's requirements change.
 $(VENV)/.installed: pyproject.toml
@@ -54,6 +55,12 @@ bench: $(VENV)/.installed
 	@mkdir -p skipc-out
 	$(VENV)/bin/python benchmarks/first_call.py --json skipc-out/first_call.json
 	$(VENV)/bin/python benchmarks/decode_step.py --json skipc-out/decode_step.json
+
+bench-grid: $(VENV)/.installed
+	@mkdir -p skipc-out
+	$(VENV)/bin/python benchmarks/decode.py --memory --json skipc-out/decode.json --plot skipc-out/decode.png
+	$(VENV)/bin/python benchmarks/prefill.py --memory --json skipc-out/prefill.json --plot skipc-out/prefill.png
+	$(VENV)/bin/python benchmarks/tokens.py --json skipc-out/tokens.json
 
 clean:
 	rm -rf $(VENV) build dist skipc-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
