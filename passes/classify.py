@@ -64,7 +64,9 @@ def kind_of(branch: Sequence[fx.Node], flow: Dataflow, stream: Iterable[fx.Node]
     keys = attention_keys(branch, flow)
     if keys:
         stream = list(stream)
-        own = any(k is s or flow.depends(k, s) for k in keys for s in stream)
+        # Keys read straight from a cache depend on the stream through what was written there.
+        writers = [w for w, storages in flow.writes.items() if any(storages & flow.storages[k] for k in keys)]
+        own = any(k is s or flow.depends(k, s) for k in (*keys, *writers) for s in stream)
         return SiteKind.ATTENTION if own else SiteKind.CROSS_ATTENTION
     if names & ROUTING:
         return SiteKind.MOE

@@ -303,6 +303,7 @@ def test_models(name: str) -> None:
         cache = StaticCache(config=model.config, max_cache_len=64)
         model(tokens[:, :8], past_key_values=cache)
         explanation = skipc.explain(model, tokens[:, 8:9], past_key_values=cache)
+    assert {s.kind for s in explanation.sites} <= {"attention", "mlp", "moe"}
     matched = {p.name: p.matched for p in explanation.graphs[0].passes}
     for kind, count in MODELS[name].items():
         assert matched[kind] == count if "_" in kind and not kind.startswith("lower") else matched[kind] >= count, (

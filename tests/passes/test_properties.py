@@ -119,7 +119,9 @@ def check(layers: list[tuple[str, str, bool]], batch: int, seed: int) -> None:
 @given(st.lists(layer, min_size=1, max_size=4), st.sampled_from([1, 3]), st.integers(0, 1000))
 def test_program_equals_eager(layers: list[tuple[str, str, bool]], batch: int, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outline, "compile_region", lambda gm, config, checked=True: lambda arguments: gm.forward(*arguments))
+        patch.setattr(
+            outline, "compile_region", lambda gm, config, checked=True: lambda arguments: gm.forward(*arguments)
+        )
         check(layers, batch, seed)
 
 
@@ -128,7 +130,9 @@ def test_program_equals_eager(layers: list[tuple[str, str, bool]], batch: int, s
 @given(st.lists(layer, min_size=1, max_size=5), st.sampled_from([1, 3]), st.integers(0, 1000))
 def test_program_equals_eager_long(layers: list[tuple[str, str, bool]], batch: int, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outline, "compile_region", lambda gm, config, checked=True: lambda arguments: gm.forward(*arguments))
+        patch.setattr(
+            outline, "compile_region", lambda gm, config, checked=True: lambda arguments: gm.forward(*arguments)
+        )
         check(layers, batch, seed)
 
 
