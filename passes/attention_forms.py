@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from skipc.passes.dataflow import Dataflow
 from skipc.passes.ops import argument, op_name, same_sizes, tensor
 from torch import fx
 
@@ -27,6 +28,7 @@ class Attention:
     scale: float
     softcap: float
     repeated: bool  # heads were repeated in memory, or would be by ``enable_gqa``
+    parts: tuple[Any, ...]  # nodes whose reads move to where the result is computed
 
 
 def read_attention(node: Any) -> Attention | None:
@@ -54,8 +56,9 @@ def _fused(node: Any) -> Attention | None:
         return None
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    parts = (key, value)
     key, value, repeated = _unrepeated_pair(key, value)
-    return Attention(query, key, value, mask, causal, scale, 0.0, repeated or gqa)
+    return Attention(query, key, value, mask, causal, scale, 0.0, repeated or gqa, parts if repeated else ())
 
 
 def _spelled_out(node: Any) -> Attention | None:
@@ -69,6 +72,9 @@ def _spelled_out(node: Any) -> Attention | None:
     mask, scale, softcap = None, 1.0, 0.0
     if op_name(at) in _SUM and isinstance(at.args[1], fx.Node) and not at.kwargs:
         at, mask = at.args
+        added = tensor(mask)
+        if added is None or added.dtype == torch.bool:  # adds 0 or 1, forbids nothing
+            return None
     if op_name(at) in _PRODUCT and _number(at.args[1]) and op_name(at.args[0]) == "tanh":
         tanh = at.args[0]
         softcap, inner = at.args[1], tanh.args[0]
@@ -84,8 +90,18 @@ def _spelled_out(node: Any) -> Attention | None:
     query, turned = at.args
     if not _swaps_last(turned):
         return None
+    parts = (at, turned.args[0], value)
     key, value, repeated = _unrepeated_pair(turned.args[0], value)
-    return Attention(query, key, value, mask, False, float(scale), float(softcap), repeated)
+    return Attention(query, key, value, mask, False, float(scale), float(softcap), repeated, parts)
+
+
+def undisturbed(node: fx.Node, found: Attention, flow: Dataflow) -> bool:
+    """True if nothing that ``found`` reads is written between where it is read now and ``node``, where it will be."""
+    start = min((flow.order[p] for p in found.parts if p in flow.order), default=flow.order[node])
+    between = flow.nodes[start : flow.order[node]]
+    written = frozenset().union(*(flow.writes[n] for n in between if n in flow.writes))
+    read = (n for n in (found.query, found.key, found.value, found.mask) if n is not None)
+    return not any(flow.storages.get(n, frozenset()) & written for n in read)
 
 
 def _supported(a: Attention) -> bool:
@@ -99,6 +115,8 @@ def _supported(a: Attention) -> bool:
     if not all(isinstance(n, int) for t in (q, k, v) for n in (t.shape[1], t.shape[3])):
         return False
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1] or q.shape[3] != k.shape[3]:
+        return False
+    if not isinstance(a.scale, int | float) or q.stride(-1) != 1:
         return False
     if not same_sizes((q.shape[0], k.shape[2], k.shape[0]), (k.shape[0], v.shape[2], v.shape[0])):
         return False

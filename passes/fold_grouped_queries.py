@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import skipc.kernels.attention  # noqa: F401  (defines torch.ops.skipc.grouped_attention)
 import torch
-from skipc.passes.attention_forms import Attention, read_attention
+from skipc.passes.attention_forms import Attention, read_attention, undisturbed
 from skipc.passes.base import Pass, PassContext, PassResult
+from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import erase_unused, infer, labels_of
 from skipc.passes.ops import same_sizes, tensor
 from torch import fx
@@ -35,19 +36,20 @@ class FoldGroupedQueries(Pass):
     name = "fold_grouped_queries"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        matched = 0
+        matched, flow = 0, Dataflow(gm.graph)
         for node in list(gm.graph.nodes):
             if node.op not in ("call_function", "call_method"):
                 continue
             found = read_attention(node)
             if found is not None and (found.repeated or found.softcap):
-                replace_attention(node, found, None)
-                matched += 1
+                matched += replace_attention(node, found, None, flow)
         return PassResult(matched, matched > 0)
 
 
-def replace_attention(node: fx.Node, found: Attention, live: fx.Node | None) -> None:
-    """Put ``grouped_attention`` in the place of ``node``, with its layout."""
+def replace_attention(node: fx.Node, found: Attention, live: fx.Node | None, flow: Dataflow) -> bool:
+    """Put ``grouped_attention`` in the place of ``node``, with its layout; False if that would change what it reads."""
+    if not undisturbed(node, found, flow):
+        return False
     graph = node.graph
     arguments = (found.query, found.key, found.value, found.mask, live, found.causal, found.scale, found.softcap)
     with graph.inserting_before(node):
@@ -63,3 +65,4 @@ def replace_attention(node: fx.Node, found: Attention, live: fx.Node | None) -> 
             infer(made)
     node.replace_all_uses_with(made)
     erase_unused(node)
+    return True

@@ -37,15 +37,17 @@ class LowerGatedMLP(Pass):
     name = "lower_gated_mlp"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        found = [m for n in gm.graph.nodes if (m := read_gated_mlp(n)) is not None]
-        if not found:
+        nodes = [n for n in gm.graph.nodes if read_gated_mlp(n) is not None]
+        if not nodes:
             return PassResult()
         reason = native.available()
         if reason is not None:
             return PassResult(notes=(reason,))
         flow, matched = Dataflow(gm.graph), 0
-        for mlp in found:
-            if not any(flow.storages[n] & flow.written for n in (mlp.x, mlp.gate, mlp.up, mlp.down)):
+        for node in nodes:
+            mlp = read_gated_mlp(node)  # again: the one before it may have become its input
+            assert mlp is not None
+            if not any(flow.storages.get(n, frozenset()) & flow.written for n in (mlp.x, mlp.gate, mlp.up, mlp.down)):
                 self._rewrite(gm.graph, mlp, flow)
                 matched += 1
         return PassResult(matched, matched > 0)

@@ -79,6 +79,5 @@ class LowerLinears(Pass):
                     infer(part)
                     begin += width
                 replaced.replace_all_uses_with(part)
-        for node in [last, *linears] if total is not None else linears:
-            if node in graph.nodes:
-                erase_unused(node)
+        for node in [last] if total is not None else linears:
+            erase_unused(node)

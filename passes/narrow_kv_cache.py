@@ -52,17 +52,20 @@ class NarrowKVCache(Pass):
                 node.update_arg(4, ranges[mask])
             else:
                 assert found is not None
-                replace_attention(node, found, ranges[mask])
+                if not replace_attention(node, found, ranges[mask], flow):
+                    continue
             matched += 1
         return PassResult(matched, matched > 0)
 
     @staticmethod
     def _narrows(key: fx.Node, mask: fx.Node, flow: Dataflow) -> bool:
-        """True if the keys lie in an input of the graph and the mask speaks of each of them."""
+        """True if the keys lie in an input of the graph, and the mask speaks of each of them and is written nowhere."""
         k, m = tensor(key), tensor(mask)
         assert k is not None
         assert m is not None
         in_cache = bool(flow.storages[key] & flow.input_storages)
+        if flow.storages[mask] & flow.written:
+            return False
         return in_cache and m.dim() == 4 and same_sizes(m.shape[-1:], k.shape[2:3])
 
 

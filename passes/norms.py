@@ -62,7 +62,7 @@ def _arithmetic(node: Any) -> tuple[fx.Node, float] | None:
         if not isinstance(root, fx.Node) or not isinstance(wide, fx.Node) or op_name(root) != "rsqrt":
             continue
         total: Any = root.args[0]
-        if op_name(total) not in _SUM or not isinstance(total.args[1], float):
+        if op_name(total) not in _SUM or total.kwargs or not isinstance(total.args[1], float):
             continue
         mean, eps = total.args
         if op_name(mean) != "mean" or not _over_last(mean):

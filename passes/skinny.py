@@ -48,7 +48,7 @@ def norm_before(x: fx.Node, readers: list[fx.Node], flow: Dataflow) -> RMSNorm |
 def sum_after(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The sum that alone reads ``node``, and what it adds, if that is a value of the same form."""
     add = next(iter(node.users)) if len(node.users) == 1 else None
-    if add is None or not is_add(add) or add.args[0] is add.args[1]:
+    if add is None or not is_add(add) or add.kwargs or add.args[0] is add.args[1]:  # `alpha` scales one of them
         return None
     other = add.args[1] if add.args[0] is node else add.args[0]
     made, before, total = tensor(node), tensor(other), tensor(add)

@@ -151,6 +151,8 @@ def _target(compiled: Any) -> tuple[torch.nn.Module, Callable[..., Any]]:
         raise TypeError(
             f"skipc.generate needs a Hugging Face decoder; {type(model).__name__}.forward takes no past_key_values"
         )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(f"skipc.generate runs decoders alone; use compiled.generate(...) for {type(model).__name__}")
     return model, compiled
 
 

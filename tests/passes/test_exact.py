@@ -78,6 +78,16 @@ OTHERS: dict[str, Callable[..., Any]] = {
 }
 
 
+def overwritten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    repeated = repeat_kv(k, 3)
+    k.mul_(2)  # the copy must not see it
+    return F.scaled_dot_product_attention(q, repeated, repeat_kv(v, 3))
+
+
+OTHERS["keys are written after they were repeated"] = overwritten
+OTHERS["a boolean added as a number"] = lambda q, k, v: spelled_out(q, k, v, MASK, None)
+
+
 class TestFoldGroupedQueries:
     @pytest.mark.parametrize("form", FORMS)
     def test_matches(self, form: str) -> None:
@@ -145,7 +155,11 @@ class TestNarrowKVCache:
         def one_for_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return F.scaled_dot_product_attention(q[:, :2], k, v, attn_mask=mask[..., :1])
 
-        for model in (growing, unmasked, one_for_all):
+        def mask_is_written(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            mask[:, :, :, 5:] = True
+            return F.scaled_dot_product_attention(q[:, :2], k, v, attn_mask=mask)
+
+        for model in (growing, unmasked, one_for_all, mask_is_written):
             check_pass(NarrowKVCache, model, Q, K, V, MASK, matches=0)
 
 
@@ -216,12 +230,14 @@ class GatedBlock(nn.Module):
             y = y + h
         if self.form == "gate read twice":
             y = y + g[..., :16]
+        if self.form == "alpha":
+            return torch.add(x, y, alpha=2)
         return y * 2 + x if self.form == "scaled" else x + y
 
 
 @needs_compiler
 class TestLowerGatedMLP:
-    @pytest.mark.parametrize("form", ["", "fused norm", "tanh", "relu", "turned", "scaled", "norm read twice"])
+    @pytest.mark.parametrize("form", ["", "fused norm", "tanh", "relu", "turned", "scaled", "alpha", "norm read twice"])
     def test_matches(self, form: str) -> None:
         result = check_pass(
             LowerGatedMLP,
@@ -233,7 +249,20 @@ class TestLowerGatedMLP:
         )
         fused = next(n for n in result.graph.nodes if n.target is torch.ops.skipc.gated_mlp.default)
         assert (fused.args[1] is None) == (form == "norm read twice"), "norm"
-        assert (fused.args[7] is None) == (form == "scaled"), "residual"
+        assert (fused.args[7] is None) == (form in ("scaled", "alpha")), "residual"
+
+    def test_one_feeds_the_next(self) -> None:
+        class Chain(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = nn.ParameterList([nn.Parameter(torch.randn(16, 16)) for _ in range(6)])
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                for i in (0, 3):
+                    x = F.linear(F.silu(F.linear(x, self.w[i])) * F.linear(x, self.w[i + 1]), self.w[i + 2])
+                return x
+
+        check_pass(LowerGatedMLP, Chain(), torch.randn(2, 16) * 0.1, matches=2, gone=["linear"])
 
     @pytest.mark.parametrize("form", ["bias", "gelu", "gate read twice"])
     def test_leaves(self, form: str) -> None:

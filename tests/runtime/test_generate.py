@@ -176,4 +176,6 @@ def test_bad_requests(llama: tuple[Any, Any]) -> None:
         skipc.generate(compiled, ids, attention_mask=torch.ones(2, 3))
     with pytest.raises(TypeError, match="past_key_values"):
         skipc.generate(skipc.compile(torch.nn.Linear(2, 2)), ids)
+    with pytest.raises(TypeError, match="decoders alone"):
+        skipc.generate(skipc.compile(ZOO["t5"].build()), ids)
     assert torch.equal(skipc.generate(compiled, ids, max_new_tokens=0), ids)
