@@ -12,8 +12,11 @@ def source_of(spec: ProgramSpec) -> str:
     for each step. Regions are called by name with a list of arguments and return their results in order."""
     lines = ["def program(inputs, arms):"]
     lines += _wrapped("    (", [f"{name}," for name in spec.inputs], ") = inputs") if spec.inputs else []
+    late = any(arm.late for step in spec.steps for arm in step.arms)
+    lines += ["    late = []"] if late else []
     for i, step in enumerate(spec.steps):
         lines += _step(spec, step, i)
+    lines += ["    for region, arguments in late:", "        region(arguments)"] if late else []
     constants = itertools.count()
     results = [v.name if isinstance(v, Var) else f"constants[{next(constants)}]" for v in spec.outputs]
     lines.append(f"    return ({', '.join(results)}{',' if results else ''})")
@@ -38,7 +41,8 @@ def _step(spec: ProgramSpec, step: Step, index: int) -> list[str]:
 def _arm(spec: ProgramSpec, arm: Arm, indent: str) -> list[str]:
     lines = []
     if arm.region is not None:
-        call = f"{spec.regions[arm.region].name}([{', '.join(arm.inputs)}])"
+        name, arguments = spec.regions[arm.region].name, f"[{', '.join(arm.inputs)}]"
+        call = f"late.append(({name}, {arguments}))" if arm.late else f"{name}({arguments})"
         lines.append(f"{indent}({', '.join(arm.outputs)},) = {call}" if arm.outputs else f"{indent}{call}")
     lines += [f"{indent}{name} = {value}" for name, value in arm.copies]
     return lines

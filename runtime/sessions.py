@@ -6,6 +6,7 @@ A session is in force in the thread (or asyncio task) that opened it, for the mo
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import threading
 import warnings
@@ -184,14 +185,13 @@ class Session:
         if self.skip - program.site_names:
             self._check_names(program.site_names | known_sites(self.parameters))
         used = set(program.parameters_of(inputs))
-        modules = dict(self.model.named_modules()) if self.model is not None else {}
         for name in sorted(self.skip):
             path = name.split("#")[0]
+            module = _submodule(self.model, path)
             if name not in program.site_names:
-                here = path in modules and any(id(p) in used for p in modules[path].parameters())
-                if here:
+                if module is not None and any(id(p) in used for p in module.parameters()):
                     raise SessionError(f"{name} runs in this call, but is no site of it, so it cannot be skipped")
-            elif modules and "<" not in path and path not in modules:
+            elif self.model is not None and "<" not in path and module is None:
                 raise FallbackError(f"{name} was compiled apart from the model, behind a graph break")
         self._unreached -= program.site_names
         self._checked.add(program)
@@ -200,9 +200,8 @@ class Session:
         """Refuse names that are neither sites nor modules. (A module may be a site of a graph that is not compiled yet:
         encoder and decoder of one model are called apart.)"""
         known = frozenset(known)
-        modules = dict(self.model.named_modules()) if self.model is not None else {}
         for name in sorted(self.skip - known):
-            if name.split("#")[0] not in modules or not name:
+            if not name or _submodule(self.model, name.split("#")[0]) is None:
                 raise UnknownSiteError(name, sorted(known))
 
 
@@ -272,7 +271,15 @@ def known_sites(parameters: frozenset[int]) -> frozenset[str]:
     return frozenset().union(*names)
 
 
+def _submodule(model: torch.nn.Module | None, path: str) -> torch.nn.Module | None:
+    try:
+        return model.get_submodule(path) if model is not None else None
+    except AttributeError:
+        return None
+
+
 def _parameters(model: torch.nn.Module | None) -> frozenset[int]:
     if model is None:
         return frozenset()
-    return frozenset(id(t) for t in (*model.parameters(), *model.buffers()))
+    members = (d.values() for m in model.modules() for d in (m._parameters, m._buffers))  # one walk: once a request
+    return frozenset(id(t) for t in itertools.chain.from_iterable(members) if t is not None)

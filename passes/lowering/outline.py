@@ -141,6 +141,21 @@ class Outline:
             outputs=tuple(map(named, arm.outputs)),
             copies=tuple((named(a), named(b)) for a, b in arm.copies),
             refused=arm.refused,
+            late=region is not None and self.regions[region].interpreted and self._unseen(slot, arm),
+        )
+
+    def _unseen(self, slot: Slot, arm: ArmGraph) -> bool:
+        """True if no later slot, and no caller through the outputs, sees what ``arm`` does: it writes to inputs of the
+        graph that nothing touches again. Such an arm is a few cheap calls, each of which costs ten times more with the
+        processor's caches full of weights than one after the other at the end of the program."""
+        if arm.outputs or any(n.op != "placeholder" for n in arm.inputs):
+            return False
+        mine = frozenset().union(*(self.flow.storages[n] for n in arm.inputs))
+        place = self.partition.place
+        return not any(
+            mine & frozenset().union(*(self.flow.storages[m] for m in (n, *n.all_input_nodes)))
+            for n in self.flow.nodes
+            if place.get(n, -1) > slot.index or n.op == "output"
         )
 
     def _region(self, slot: Slot, arm: ArmGraph) -> int:
@@ -269,6 +284,9 @@ def _variable_names(graph: fx.Graph, partition: Partition) -> dict[fx.Node, str]
         "inputs",
         "arms",
         "arm",
+        "late",
+        "region",
+        "arguments",
         "constants",
         "prologue",
         "tail",

@@ -26,6 +26,7 @@ class Arm:
     outputs: tuple[str, ...] = ()  # variables that receive its results
     copies: tuple[tuple[str, str], ...] = ()  # (variable, the variable whose value it takes)
     refused: str | None = None  # why this arm would be wrong, if so
+    late: bool = False  # nothing later sees what the region does (counters): run with its like, at the end
 
 
 @dataclass(frozen=True)
