@@ -62,12 +62,14 @@ def labels_of(node: fx.Node) -> dict[str, Any]:
 def erase_unused(node: fx.Node) -> None:
     """Erase ``node`` and then, one by one, the arguments that nobody else uses and that do nothing but compute.
     (``eliminate_dead_code`` would take writes to caches with it.)"""
-    if node.users or node.op not in ("call_function", "call_method") or written_arguments(node):
-        return
-    arguments = node.all_input_nodes
-    node.graph.erase_node(node)
-    for argument in arguments:
-        erase_unused(argument)
+    waiting, erased = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if node in erased or node.users or node.op not in ("call_function", "call_method") or written_arguments(node):
+            continue
+        waiting += node.all_input_nodes
+        node.graph.erase_node(node)
+        erased.add(node)
 
 
 def replace_uses_after(node: fx.Node, old: fx.Node, new: fx.Node, order: dict[fx.Node, int]) -> None:

@@ -12,7 +12,7 @@ from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import erase_unused, infer, labels_of
 from skipc.passes.ops import argument, op_name
-from skipc.passes.skinny import bias_of, is_skinny, norm_before, sum_after
+from skipc.passes.skinny import bias_of, drop_copies, is_skinny, norm_before, sum_after
 from torch import fx
 
 
@@ -64,6 +64,7 @@ class LowerGatedMLP(Pass):
             made.meta = labels_of(mlp.result)
             infer(made)
         last.replace_all_uses_with(made)
+        drop_copies(made)
         erase_unused(last)
 
 

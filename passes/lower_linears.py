@@ -8,7 +8,7 @@ from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import erase_unused, infer, labels_of
 from skipc.passes.ops import tensor
-from skipc.passes.skinny import bias_of, is_skinny, norm_before, sum_after
+from skipc.passes.skinny import bias_of, drop_copies, is_skinny, norm_before, sum_after
 from torch import fx
 
 
@@ -79,5 +79,6 @@ class LowerLinears(Pass):
                     infer(part)
                     begin += width
                 replaced.replace_all_uses_with(part)
+            drop_copies(made)
         for node in [last] if total is not None else linears:
             erase_unused(node)

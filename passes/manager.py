@@ -145,7 +145,7 @@ def same_signature(a: list[Any], b: list[Any]) -> bool:
 
 
 def _count_effects(graph: fx.Graph) -> int:
-    return sum(any(arg.op == "placeholder" for arg in written_arguments(n)) for n in graph.nodes)
+    return sum(arg.op == "placeholder" for n in graph.nodes for arg in written_arguments(n))
 
 
 def _enabled(

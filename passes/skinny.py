@@ -56,3 +56,10 @@ def sum_after(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     same = all(t.dtype == made.dtype and same_sizes(t.shape, made.shape) and t.is_contiguous() for t in (before, total))
     return (add, other) if same else None  # type: ignore[return-value]
+
+
+def drop_copies(made: fx.Node) -> None:
+    """Remove calls of ``contiguous`` on what a kernel made, which is contiguous."""
+    for user in [u for u in made.users if u.op == "call_method" and u.target == "contiguous" and not u.kwargs]:
+        user.replace_all_uses_with(made)
+        made.graph.erase_node(user)

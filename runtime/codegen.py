@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+
+from skipc.runtime.chaining import Chain
 
 from skipc.ir.program import Arm, ProgramSpec, Step, Var
 
@@ -10,31 +13,67 @@ from skipc.ir.program import Arm, ProgramSpec, Step, Var
 def source_of(spec: ProgramSpec) -> str:
     """Python source of ``program(inputs, arms)``. ``inputs`` is the flat list of graph inputs, ``arms`` one arm index
     for each step. Regions are called by name with a list of arguments and return their results in order."""
-    lines = ["def program(inputs, arms):"]
-    lines += _wrapped("    (", [f"{name}," for name in spec.inputs], ") = inputs") if spec.inputs else []
+    lines = ["def program(inputs, arms):", *_unpacked(spec)]
     late = any(arm.late for step in spec.steps for arm in step.arms)
     lines += ["    late = []"] if late else []
     for i, step in enumerate(spec.steps):
-        lines += _step(spec, step, i)
-    lines += ["    for region, arguments in late:", "        region(arguments)"] if late else []
+        lines.append(f"    # {step.label}")
+        lines += _step(spec, step, i) + _releases(step.releases)
+    return "\n".join([*lines, *_ending(spec, late)]) + "\n"
+
+
+def source_for(spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Chain]) -> str:
+    """The same with the arms chosen, ``program(inputs)``, and steps joined to ``chains``, which are called by the names
+    ``chain_0``, ``chain_1``, ... with what the first link reads, parameters, and other operands."""
+    lines = ["def program(inputs):", *_unpacked(spec)]
+    chosen = [step.arms[a] for step, a in zip(spec.steps, arms, strict=True)]
+    starts = {chain.first: (k, chain) for k, chain in enumerate(chains)}
+    late, made, i = False, set(), 0
+    while i < len(chosen):
+        if i in starts:
+            k, chain = starts[i]
+            lines.append(f"    # {spec.steps[i].label} to {spec.steps[chain.last].label}")
+            fixed, changing = ([f"{n}," for n in chain.operands(p)] for p in (chain.fixed, chain.changing))
+            lines += _wrapped(f"    joined = chain_{k}({chain.entry}, (", [*fixed, "),", "(", *changing], "))")
+            lines += [f"    {name} = {'joined' if new else chain.entry}" for name, new in chain.outputs]
+            made |= {name for name, _ in chain.outputs}
+            done = range(i, chain.last + 1)
+            lines.append("    del joined")
+        else:
+            lines.append(f"    # {spec.steps[i].label}")
+            lines += ["    late = []"] if chosen[i].late and not late else []
+            late |= chosen[i].late
+            lines += _arm(spec, chosen[i], "    ")
+            made |= {*chosen[i].outputs, *(name for name, _ in chosen[i].copies)}
+            done = range(i, i + 1)
+        lines += _releases([n for j in done for n in spec.steps[j].releases if n in made])
+        i = done.stop
+    return "\n".join([*lines, *_ending(spec, late)]) + "\n"
+
+
+def _unpacked(spec: ProgramSpec) -> list[str]:
+    return _wrapped("    (", [f"{name}," for name in spec.inputs], ") = inputs") if spec.inputs else []
+
+
+def _ending(spec: ProgramSpec, late: bool) -> list[str]:
     constants = itertools.count()
     results = [v.name if isinstance(v, Var) else f"constants[{next(constants)}]" for v in spec.outputs]
-    lines.append(f"    return ({', '.join(results)}{',' if results else ''})")
-    return "\n".join(lines) + "\n"
+    lines = ["    for region, arguments in late:", "        region(arguments)"] if late else []
+    return [*lines, f"    return ({', '.join(results)}{',' if results else ''})"]
+
+
+def _releases(names: Sequence[str]) -> list[str]:
+    return _wrapped("    del ", [f"{n}," for n in names[:-1]] + [names[-1]], "") if names else []
 
 
 def _step(spec: ProgramSpec, step: Step, index: int) -> list[str]:
-    lines = [f"    # {step.label}"]
     if len(step.arms) == 1:
-        lines += _arm(spec, step.arms[0], "    ")
-    else:
-        lines.append(f"    arm = arms[{index}]")
-        for i, arm in enumerate(step.arms):
-            test = f"{'if' if i == 0 else 'elif'} arm == {i}:"
-            note = f"  # {'run' if i == 0 else 'without ' + ', '.join(sorted(arm.skipped)) + f' (kv={arm.kv})'}"
-            lines += [f"    {test}{note}", *(_arm(spec, arm, "        ") or ["        pass"])]
-    if step.releases:
-        lines += _wrapped("    del ", [f"{n}," for n in step.releases[:-1]] + [step.releases[-1]], "")
+        return _arm(spec, step.arms[0], "    ")
+    lines = [f"    arm = arms[{index}]"]
+    for i, arm in enumerate(step.arms):
+        test = f"{'if' if i == 0 else 'elif'} arm == {i}:"
+        note = f"  # {'run' if i == 0 else 'without ' + ', '.join(sorted(arm.skipped)) + f' (kv={arm.kv})'}"
+        lines += [f"    {test}{note}", *(_arm(spec, arm, "        ") or ["        pass"])]
     return lines
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +13,15 @@ from typing import Any
 import torch
 from skipc.kernels.similarity import stream_similarity
 from skipc.runtime import sessions
-from skipc.runtime.codegen import source_of
+from skipc.runtime.chaining import chains_of
+from skipc.runtime.codegen import source_for, source_of
 from skipc.runtime.replay import note_call
 
 from skipc.ir.errors import PassError, PlanError
 from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Step, Var
+
+_MAX_BOUND = 256  # plans that a program keeps ready
+_serial = itertools.count()
 
 Arms = tuple[int, ...]
 Stream = tuple[tuple[torch.Tensor, int], ...]  # points of a residual stream, with their versions
@@ -54,17 +60,22 @@ class Program:
         self.source = source_of(spec)
         self.exact: Arms = (0,) * len(spec.steps)
         self.site_names = frozenset(s.name for s in spec.sites)
-        self._verified: set[Arms] = set()
+        self._bound: dict[Arms, Callable[[Sequence[Any]], tuple[Any, ...]]] = {}
         self._plans: dict[tuple[frozenset[str], KVPolicy], Arms] = {}
-        self._run = self._load()
 
-    def _load(self) -> Callable[[Sequence[Any], Arms], tuple[Any, ...]]:
-        name = f"<skipc program {id(self):#x}>"
-        linecache.cache[name] = (len(self.source), None, self.source.splitlines(keepends=True), name)
+    def _bind(self, arms: Arms) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+        """The program with these arms, as Python code of its own."""
+        chains = chains_of(self.spec, arms)
         scope: dict[str, Any] = {r.name: f for r, f in zip(self.spec.regions, self.functions, strict=True)}
+        scope |= {f"chain_{k}": chain.function() for k, chain in enumerate(chains)}
         scope["constants"] = tuple(v for v in self.spec.outputs if not isinstance(v, Var))
-        exec(compile(self.source, name, "exec"), scope)
-        return scope["program"]
+        source = source_for(self.spec, arms, chains)
+        name = f"<skipc program {id(self):#x}.{next(_serial)}>"
+        exec(compile(source, name, "exec"), scope)
+        program: Callable[[Sequence[Any]], tuple[Any, ...]] = scope["program"]
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        weakref.finalize(program, linecache.cache.pop, name, None)
+        return program
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         session = sessions.session_for(self.parameters_of(inputs)) if sessions.any_open() else None
@@ -78,11 +89,14 @@ class Program:
 
     def run(self, inputs: Sequence[Any], arms: Arms) -> tuple[Any, ...]:
         """Run with one arm chosen for each step."""
-        if arms not in self._verified:
+        program = self._bound.get(arms)
+        if program is None:
             outputs, _, _ = self._walk(inputs, arms, keep_streams=False)  # looks at what each region is given
-            self._verified.add(arms)
-            return outputs if arms is self.exact else self._unshared(inputs, outputs)
-        outputs = self._run(inputs, arms)
+            if len(self._bound) >= _MAX_BOUND:
+                self._bound.pop(next(iter(self._bound)))  # the oldest plan
+            self._bound[arms] = self._bind(arms)
+        else:
+            outputs = program(inputs)
         return outputs if arms is self.exact else self._unshared(inputs, outputs)
 
     def _unshared(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -106,6 +120,8 @@ class Program:
         """
         key = (skip, kv)
         if key not in self._plans:
+            if len(self._plans) >= _MAX_BOUND:
+                self._plans.clear()
             arms = tuple(step.arm_for(skip, kv) for step in self.spec.steps)
             for step, arm in zip(self.spec.steps, arms, strict=True):
                 if step.arms[arm].refused:

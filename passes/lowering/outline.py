@@ -11,11 +11,9 @@ import itertools
 import keyword
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -23,49 +21,18 @@ from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import copy_graph, fake_mode_of
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
 from skipc.passes.lowering.inductor import Compiled, compile_region, overlapped_builds
+from skipc.passes.lowering.regions import Region, as_it_is
 from skipc.passes.lowering.structure import structure_of, translate
 from skipc.passes.manager import PassManager
-from skipc.passes.ops import VIEWS, is_parameter_like, op_name, tensor, tensors
+from skipc.passes.ops import is_parameter_like, tensor, tensors
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skipc.ir.config import Config
-from skipc.ir.program import Arm, Layout, ProgramSpec, RegionInfo, Step, Var
+from skipc.ir.program import Arm, Layout, ProgramSpec, Step, Var
 from skipc.ir.site import Site, SiteKind
-
-_FREE = VIEWS | frozenset(["getitem", "expand", "transpose", "permute", "size", "add_", "arange", "add", "to", "sub"])
-
-
-@dataclass
-class Region:
-    """A distinct region: its graph and, once compiled, its function."""
-
-    name: str
-    gm: fx.GraphModule
-    symbols: list[sympy.Symbol]
-    calls: int = 0
-    guards: list[Any] = field(default_factory=list)
-    function: Compiled | None = None
-    seconds: float = 0.0
-
-    @cached_property
-    def interpreted(self) -> bool:
-        """Run as it is, without Inductor: because it does so little that calling Inductor's code would cost more (views
-        and counters), or because it writes to an input that another input overlaps (AOTAutograd would need to know how
-        the two were made, which a region's inputs do not tell)."""
-        nodes = [n for n in self.gm.graph.nodes if n.op in ("call_function", "call_method")]
-        if len(nodes) <= 4 and all(op_name(n) in _FREE for n in nodes):
-            return True
-        flow = Dataflow(self.gm.graph)
-        owners = Counter(s for n in flow.nodes if n.op == "placeholder" for s in flow.storages[n])
-        return any(owners[s] > 1 for s in flow.written)
-
-    def info(self) -> RegionInfo:
-        """The record for reports."""
-        count = sum(1 for n in self.gm.graph.nodes if n.op in ("call_function", "call_method"))
-        return RegionInfo(self.name, count, self.calls, not self.interpreted, self.seconds)
 
 
 class Outline:
@@ -230,8 +197,7 @@ class Outline:
 
     def _compile(self, region: Region, config: Config) -> None:
         if region.interpreted:
-            forward = region.gm.forward
-            region.function = lambda arguments: forward(*arguments)
+            region.function = as_it_is(region.gm)
             return
         shape_env = self.mode.shape_env if self.mode is not None else None
         before = len(shape_env.guards) if shape_env is not None else 0

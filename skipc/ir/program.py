@@ -47,14 +47,30 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Input:
+    """A reference to an input of a region, by position."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A call of a sublayer kernel (an op of :mod:`skipc.kernels`), or ``count``: an input is incremented."""
+
+    name: str
+    arguments: tuple[Any, ...]  # constants, and inputs of the region as Input
+
+
+@dataclass(frozen=True)
 class RegionInfo:
-    """A distinct compiled region, for reports."""
+    """A distinct region."""
 
     name: str
     nodes: int
     calls: int  # places that call it
     compiled: bool  # False: so little work that it runs as it is, without Inductor
     seconds: float = 0.0  # of code generation; C++ builds run beside it
+    kernels: tuple[KernelCall, ...] = ()  # all that it does, if that is calling sublayer kernels
 
 
 @dataclass(frozen=True)

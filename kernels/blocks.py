@@ -1,0 +1,121 @@
+"""Whole sublayers as one kernel each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from skipc.kernels.attention import attention_reference
+from skipc.kernels.library import library
+from skipc.kernels.linear import skinny_linear
+
+library.define(
+    "attention_block(Tensor x, Tensor? norm, float eps, Tensor[] projections, Tensor?[] biases, Tensor? q_norm, "
+    "Tensor? k_norm, float head_eps, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
+    "Tensor? mask, Tensor? live, bool causal, float scale, float softcap, Tensor out, Tensor? out_bias, "
+    "Tensor? residual) -> Tensor"
+)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (Su et al., arXiv 2104.09864) with halves turned against each other, as in GPT-NeoX.
+
+    Args:
+        x: ``[batch, heads, tokens, dim]``.
+        cos, sin: ``[batch or 1, tokens or 1, width]``; the last ``dim - width`` elements of ``x`` stay as they are.
+    """
+    width = cos.shape[-1]
+    turned, kept = x[..., :width], x[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    other = torch.cat([-second, first], dim=-1)
+    return torch.cat([turned * cos.unsqueeze(1) + other * sin.unsqueeze(1), kept], dim=-1)
+
+
+def split_heads(
+    projected: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values, ``[batch, heads, tokens, dim]``, of ``[batch, tokens, all]``, for a cache."""
+    (_, key_heads, _, dim), v_dim = keys.shape, values.shape[-1]
+    sizes = [projected.shape[-1] - key_heads * (dim + v_dim), key_heads * dim, key_heads * v_dim]
+    parts = zip(projected.split(sizes, -1), (dim, dim, v_dim), strict=True)
+    q, k, v = (part.unflatten(-1, (-1, width)).transpose(1, 2) for part, width in parts)
+    return q, k, v
+
+
+def attention_block(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    eps: float,
+    projections: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    head_eps: float,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    mask: torch.Tensor | None,
+    live: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    out: torch.Tensor,
+    out_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """An attention sublayer over a cache that it first extends: norm, projections, rotation, attention, output, sum.
+
+    Args:
+        x: ``[batch, tokens, k]``, fp32 or bf16, contiguous; few rows.
+        norm, eps: of an RMS norm of ``x``, as in :func:`skinny_linear`.
+        projections, biases: as in :func:`skinny_linear`; what they make is all queries, then all keys, then all values.
+        q_norm, k_norm: weights ``[dim]`` of RMS norms of each head's query and key, before rotation (as in Qwen 3);
+            head_eps: of both.
+        cos, sin: as in :func:`rotate`, or both None.
+        keys, values: the cache, ``[batch, key_heads, length, dim]``; written at ``position``.
+        position: int64, ``[]`` (where the first token goes) or ``[tokens]``.
+        mask, live, causal, scale, softcap: as in :func:`attention_reference`.
+        out, out_bias: ``[n, heads * dim]`` and ``[n]``.
+        residual: added, ``[batch, tokens, n]``; or None.
+
+    Returns:
+        ``[batch, tokens, n]``. Everything between ``x`` and what is written is computed in fp32.
+
+    Raises:
+        RuntimeError: for a position outside the cache (IndexError from the reference).
+    """
+    batch, tokens, _ = x.shape
+    wide = skinny_linear(x.float(), [w.float() for w in projections], biases, _wide(norm), eps)
+    q, k, v = split_heads(wide, keys, values)
+    if q_norm is not None:
+        q = torch.rms_norm(q, q.shape[-1:], q_norm.float(), head_eps)
+    if k_norm is not None:
+        k = torch.rms_norm(k, k.shape[-1:], k_norm.float(), head_eps)
+    if cos is not None and sin is not None:
+        q, k = rotate(q, cos.float(), sin.float()), rotate(k, cos.float(), sin.float())
+    places = position + torch.arange(tokens) if position.dim() == 0 else position
+    keys.index_copy_(2, places, k.to(keys.dtype))
+    values.index_copy_(2, places, v.to(values.dtype))
+    mixed = attention_reference(q, keys, values, mask, live, causal, scale, softcap)
+    rows = mixed.transpose(1, 2).reshape(batch, tokens, -1)
+    made = skinny_linear(rows, [out.float()], [_wide(out_bias)], residual=_wide(residual))
+    return made.to(x.dtype)
+
+
+def _wide(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.float()
+
+
+library.impl("attention_block", attention_block, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("skipc::attention_block")
+def _(*args: torch.Tensor) -> torch.Tensor:
+    x, out = args[0], args[18]
+    return x.new_empty(*x.shape[:-1], out.shape[0])
+
+
+# Kernels that are a whole sublayer each: a region of one such call needs no compiler.
+SUBLAYERS = frozenset([torch.ops.skipc.attention_block.default, torch.ops.skipc.gated_mlp.default])

@@ -1,0 +1,127 @@
+"""Sublayer kernels one after the other in one call: no host code between them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from skipc.kernels.library import library
+
+ATTENTION, MLP, COUNT = range(3)
+ENTRY, NOTHING = -1, -2  # what a link reads or adds, where it is no other link's result
+
+library.define("chain(Tensor x, Tensor?[] tensors, int[] code, float[] numbers) -> Tensor")
+library.define("bind_chain(Tensor?[] tensors, int[] changing, int[] code, float[] numbers) -> int")
+library.define("call_chain(int handle, Tensor x, Tensor[] changing) -> Tensor")
+library.define("free_chain(int handle) -> ()")
+
+
+@dataclass
+class Links:
+    """A chain, as the kernel takes it.
+
+    Attributes:
+        tensors: ``T`` of the caller's choice for each tensor operand, None for what is left out.
+        code: for each link its kind, then, but for counters, whose result it reads and adds (:data:`ENTRY` for the
+            chain's input), and its whole numbers.
+        numbers: for each link its real numbers.
+        results: how many links have a result.
+    """
+
+    tensors: list[Any] = field(default_factory=list)
+    code: list[int] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+    results: int = 0
+
+    def attention(self, x: int, residual: int, arguments: Sequence[Any]) -> int:
+        """Append an ``attention_block`` with these arguments (its first and last are ``x`` and ``residual``)."""
+        (_, norm, eps, weights, biases, q_norm, k_norm, head_eps, cos, sin, keys, values, position, mask, live, causal,
+         scale, softcap, out, out_bias, _) = arguments  # fmt: skip
+        self.code += [ATTENTION, x, residual, len(weights), int(causal)]
+        self.tensors += [norm, *weights, *biases, q_norm, k_norm, cos, sin, keys, values, position, mask, live]
+        self.tensors += [out, out_bias]
+        self.numbers += [eps, head_eps, scale, softcap]
+        return self._result()
+
+    def mlp(self, x: int, residual: int, arguments: Sequence[Any]) -> int:
+        """Append a ``gated_mlp``."""
+        _, norm, eps, gate, up, down, activation, _ = arguments
+        self.code += [MLP, x, residual, activation]
+        self.tensors += [norm, gate, up, down]
+        self.numbers += [eps]
+        return self._result()
+
+    def count(self, counter: Any, amount: int) -> None:
+        """Append ``counter.add_(amount)``. No later link may read the counter."""
+        self.code += [COUNT, amount]
+        self.tensors += [counter]
+
+    def _result(self) -> int:
+        self.results += 1
+        return self.results - 1
+
+
+def chain(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor | None], code: Sequence[int], numbers: Sequence[float]
+) -> torch.Tensor:
+    """Run :class:`Links` on ``x``, ``[batch, tokens, width]``, and return the last result. Bit for bit what its kernels
+    give when called one by one."""
+    ops = torch.ops.skipc
+    tensor: Callable[[], Any] = iter(tensors).__next__
+    whole, real = iter(code).__next__, iter(numbers).__next__
+    results: list[Any] = []
+    left = len(code)
+
+    def stream() -> Any:
+        index = whole()
+        return None if index == NOTHING else x if index == ENTRY else results[index]
+
+    while left:
+        kind = whole()
+        if kind == COUNT:
+            tensor().add_(whole())
+            left -= 2
+        elif kind == ATTENTION:
+            source, residual, parts, causal = stream(), stream(), whole(), bool(whole())
+            eps, head_eps, scale, softcap = real(), real(), real(), real()
+            norm, weights, biases = tensor(), [tensor() for _ in range(parts)], [tensor() for _ in range(parts)]
+            q_norm, k_norm, cos, sin, keys, values, position, mask, live = (tensor() for _ in range(9))
+            results.append(
+                ops.attention_block(
+                    source, norm, eps, weights, biases, q_norm, k_norm, head_eps, cos, sin, keys, values, position,
+                    mask, live, causal, scale, softcap, tensor(), tensor(), residual
+                )
+            )  # fmt: skip
+            left -= 5
+        else:
+            source, residual, activation = stream(), stream(), whole()
+            norm, gate, up, down = (tensor() for _ in range(4))
+            results.append(ops.gated_mlp(source, norm, real(), gate, up, down, activation, residual))
+            left -= 4
+    return results[-1]  # type: ignore[no-any-return]
+
+
+library.impl("chain", chain, "CompositeExplicitAutograd")
+
+
+class BoundChain:
+    """A chain with its weights in place: handing over hundreds of tensors at each call would take longer than a layer.
+
+    Args:
+        links: the chain.
+        fixed: its operands, with None at ``changing``; kept alive.
+        changing: positions of the operands that are given at each call, and not kept.
+    """
+
+    def __init__(self, links: Links, fixed: Sequence[torch.Tensor | None], changing: Sequence[int]):
+        ops = torch.ops.skipc
+        self._handle: int = ops.bind_chain(fixed, changing, links.code, links.numbers)
+        self._call = ops.call_chain.default
+        weakref.finalize(self, ops.free_chain, self._handle)
+
+    def __call__(self, x: torch.Tensor, changing: Sequence[torch.Tensor]) -> torch.Tensor:
+        """:func:`chain` on ``x``."""
+        return self._call(self._handle, x, changing)  # type: ignore[no-any-return]

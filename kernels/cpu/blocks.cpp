@@ -1,0 +1,291 @@
+// Whole sublayers as one kernel each, and chains of them in one parallel region. Semantics: kernels/blocks.py.
+#include <memory>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace skipc {
+
+using Maybe = std::optional<Tensor>;
+
+// Rotations of each token: cos and sin, [batch or 1, tokens or 1, width], of either dtype.
+struct Rotary {
+  const char *cos = nullptr, *sin = nullptr;
+  int64_t width = 0, stride[2] = {}, sin_stride[2] = {};
+  bool wide = true;
+
+  Rotary(const Maybe& c, const Maybe& s) {
+    if (!c.has_value()) return;
+    cos = (const char*)c->const_data_ptr();
+    sin = (const char*)s->const_data_ptr();
+    width = c->size(2);
+    wide = c->scalar_type() == ScalarType::Float;
+    for (int64_t i = 0; i < 2; i++) {
+      stride[i] = c->size(i) == 1 ? 0 : c->stride(i);
+      sin_stride[i] = s->size(i) == 1 ? 0 : s->stride(i);
+    }
+  }
+  static float read(const char* from, int64_t i, bool wide) {
+    return wide ? ((const float*)from)[i] : widen(((const bf16*)from)[i]);
+  }
+  // The halves of x turned against each other (Su et al., arXiv 2104.09864, in the form of GPT-NeoX).
+  void apply(const float* x, int64_t D, int64_t b, int64_t i, float* out) const {
+    const int64_t half = width / 2, c0 = b * stride[0] + i * stride[1], s0 = b * sin_stride[0] + i * sin_stride[1];
+    for (int64_t d = 0; d < width; d++) {
+      const float other = d < half ? -x[d + half] : x[d - half];
+      out[d] = x[d] * read(cos, c0 + d, wide) + other * read(sin, s0 + d, wide);
+    }
+    for (int64_t d = width; d < D; d++) out[d] = x[d];
+  }
+};
+
+// An attention sublayer: norm, projections, rotation, cache, attention, output, residual.
+template <typename T>
+struct AttentionBlock {
+  int64_t B, Q, K, N;
+  const T *norm, *q_norm, *k_norm;
+  double eps, head_eps;
+  std::vector<Part<T>> projections, output;
+  int64_t total;  // rows of the projections: queries, keys, values
+  Rotary rotary;
+  Cache<T> keys, values;
+  const int64_t* position;
+  bool counter;  // the position is that of the first token
+  Attention<T> attention;
+
+  AttentionBlock(int64_t B, int64_t Q, const Maybe& norm, double eps, const std::vector<Tensor>& projections,
+                 const std::vector<Maybe>& biases, const Maybe& q_norm, const Maybe& k_norm, double head_eps,
+                 const Maybe& cos, const Maybe& sin, const Tensor& keys, const Tensor& values, const Tensor& position,
+                 const Maybe& mask, const Maybe& live, bool causal, double scale, double softcap, const Tensor& out,
+                 const Maybe& out_bias)
+      : B(B), Q(Q), K(projections[0].size(1)), N(out.size(0)), norm(pointer<T>(norm)), q_norm(pointer<T>(q_norm)), k_norm(pointer<T>(k_norm)), eps(eps), head_eps(head_eps),
+        projections(parts_of<T>(projections, biases)), output(parts_of<T>({out}, {out_bias})),
+        total(this->projections.back().first + this->projections.back().count), rotary(cos, sin),
+        keys(keys), values(values), position((const int64_t*)position.const_data_ptr()), counter(position.dim() == 0),
+        attention({B, (total - keys.size(1) * (keys.size(3) + values.size(3))) / keys.size(3), Q, keys.size(3),
+                   keys.size(1), keys.size(2), values.size(3)},
+                  {causal, float(scale), float(softcap)}, keys, values, mask, live) {}
+
+  int64_t place(int64_t i) const { return counter ? *position + i : position[i]; }
+  void check() const {
+    for (int64_t i = 0; i < Q; i++)
+      STD_TORCH_CHECK(place(i) >= 0 && place(i) < attention.s.L, "attention_block: index out of bounds: position ",
+                      place(i), " of a cache of ", attention.s.L);
+  }
+  int64_t scratch() const {
+    const Shape& s = attention.s;
+    return B * Q * (total + s.H * s.D + s.H * s.Dv) + attention.scratch();
+  }
+  int64_t work() const { return total * K; }
+
+  void head(const float* x, int64_t D, const T* weight, int64_t b, int64_t i, float* out) const {
+    std::vector<float> normed;
+    if (weight) {
+      normed.resize(D);
+      float squares = 0;
+      for (int64_t d = 0; d < D; d++) squares += x[d] * x[d];
+      const float factor = 1.0f / std::sqrt(squares / D + float(head_eps));
+      for (int64_t d = 0; d < D; d++) normed[d] = x[d] * factor * widen(weight[d]);
+      x = normed.data();
+    }
+    rotary.apply(x, D, b, i, out);
+  }
+
+  // Called by every thread of a team; `scratch` is theirs in common. Ends without a barrier.
+  void run(const T* x, const T* residual, T* out, float* scratch) const {
+    const Shape& s = attention.s;
+    const int64_t R = B * Q, width = s.H * s.Dv, heads = s.H + 2 * s.Hkv;
+    float *projected = scratch, *queries = projected + R * total, *mixed = queries + R * s.H * s.D,
+          *partial = mixed + R * width;
+    linears<T>(prepare(x, R, K, norm, eps).data(), R, K, projections, (const T*)nullptr, projected);
+#pragma omp barrier
+    std::vector<float> key(s.D);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < R * heads; task++) {
+      const int64_t r = task / heads, h = task % heads, b = r / Q, i = r % Q;
+      const float* row = projected + r * total;
+      if (h < s.H) {
+        head(row + h * s.D, s.D, q_norm, b, i, queries + ((b * s.H + h) * Q + i) * s.D);
+      } else if (h < s.H + s.Hkv) {
+        head(row + h * s.D, s.D, k_norm, b, i, key.data());
+        T* to = keys.at(b, h - s.H, place(i));
+        for (int64_t d = 0; d < s.D; d++) narrow(key[d], to + d);
+      } else {
+        const int64_t g = h - s.H - s.Hkv;
+        const float* from = row + (s.H + s.Hkv) * s.D + g * s.Dv;
+        T* to = values.at(b, g, place(i));
+        for (int64_t d = 0; d < s.Dv; d++) narrow(from[d], to + d);
+      }
+    }
+    attention.run(queries, partial, [&](int64_t b, int64_t h, int64_t i, const float* from) {
+      for (int64_t d = 0; d < s.Dv; d++)
+        mixed[(b * Q + i) * width + spread_index<T>(h * s.Dv + d, width)] = from[d];
+    });
+    linears<T>(mixed, R, width, output, residual, out);
+  }
+};
+
+Tensor attention_block(const Tensor& x, const Maybe& norm, double eps, const std::vector<Tensor>& projections,
+                       const std::vector<Maybe>& biases, const Maybe& q_norm, const Maybe& k_norm, double head_eps,
+                       const Maybe& cos, const Maybe& sin, const Tensor& keys, const Tensor& values,
+                       const Tensor& position, const Maybe& mask, const Maybe& live, bool causal, double scale,
+                       double softcap, const Tensor& out, const Maybe& out_bias, const Maybe& residual) {
+  STD_TORCH_CHECK(x.is_contiguous(), "attention_block: x must be contiguous");
+  STD_TORCH_CHECK(!residual.has_value() || residual->is_contiguous(), "attention_block: residual must be contiguous");
+  Tensor made = empty(sizes_like(x, out.size(0)), x.scalar_type());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const AttentionBlock<T> block(x.size(0), x.size(1), norm, eps, projections, biases, q_norm, k_norm, head_eps, cos,
+                                  sin, keys, values, position, mask, live, causal, scale, softcap, out, out_bias);
+    block.check();
+    const T *in = (const T*)x.const_data_ptr(), *add = pointer<T>(residual);
+    T* to = (T*)made.mutable_data_ptr();
+    const std::unique_ptr<float[]> scratch(new float[block.scratch()]);
+#pragma omp parallel num_threads(threads_for(block.work()))
+    block.run(in, add, to, scratch.get());
+  };
+  x.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
+  return made;
+}
+
+// Sublayers one after the other in one parallel region: what lies between two calls is one meeting of the threads.
+// `code` holds for each link its kind, whose output it reads and adds (-1: x; -2: nothing), and its own numbers.
+template <typename T>
+struct Chain {
+  enum Kind { ATTENTION, MLP, COUNT };
+  struct Link {
+    const T *x, *residual;
+    T* out;
+    std::optional<AttentionBlock<T>> attention;
+    std::optional<GatedMLP<T>> mlp;
+    int64_t* counter = nullptr;
+    int64_t amount = 0;
+  };
+  std::vector<Link> links;
+  std::vector<std::unique_ptr<T[]>> streams;
+  int64_t scratch = 0, work = 0, result_width = 0;
+  Tensor result;
+
+  Chain(const Tensor& x, const std::vector<Maybe>& tensors, const std::vector<int64_t>& code,
+        const std::vector<double>& numbers)
+      : result(x) {
+    const int64_t B = x.size(0), Q = x.size(1), R = B * Q;
+    auto tensor = tensors.begin();
+    auto number = numbers.begin();
+    std::vector<T*> outs;
+    size_t last = 0;
+    for (size_t at = 0; at < code.size();) {
+      const int64_t kind = code[at++];
+      Link link{};
+      if (kind == COUNT) {
+        link.counter = (int64_t*)(*tensor++)->mutable_data_ptr();
+        link.amount = code[at++];
+        links.push_back(std::move(link));
+        continue;
+      }
+      const auto stream = [&](int64_t i) -> const T* {
+        return i == -2 ? nullptr : i == -1 ? (const T*)x.const_data_ptr() : outs[i];
+      };
+      link.x = stream(code[at++]);
+      link.residual = stream(code[at++]);
+      int64_t width;
+      if (kind == ATTENTION) {
+        const int64_t parts = code[at++];
+        const bool causal = code[at++];
+        const Maybe& norm = *tensor++;
+        std::vector<Tensor> weights;
+        for (int64_t i = 0; i < parts; i++) weights.push_back(**tensor++);
+        const std::vector<Maybe> biases(tensor, tensor + parts);
+        tensor += parts;
+        link.attention.emplace(B, Q, norm, number[0], weights, biases, tensor[0], tensor[1], number[1], tensor[2],
+                               tensor[3], *tensor[4], *tensor[5], *tensor[6], tensor[7], tensor[8], causal, number[2],
+                               number[3], *tensor[9], tensor[10]);
+        link.attention->check();
+        tensor += 11;
+        number += 4;
+        width = link.attention->N;
+        scratch = std::max(scratch, link.attention->scratch());
+        work = std::max(work, link.attention->work());
+      } else {
+        link.mlp.emplace(R, tensor[0], number[0], *tensor[1], *tensor[2], *tensor[3], code[at++]);
+        tensor += 4;
+        number += 1;
+        width = link.mlp->N;
+        scratch = std::max(scratch, link.mlp->scratch());
+        work = std::max(work, link.mlp->work());
+      }
+      streams.emplace_back(new T[R * width]);
+      outs.push_back(link.out = streams.back().get());
+      last = links.size();
+      result_width = width;
+      links.push_back(std::move(link));
+    }
+    result = empty(sizes_like(x, result_width), x.scalar_type());
+    links[last].out = (T*)result.mutable_data_ptr();  // nobody in the chain reads the last one
+  }
+
+  void run() {
+    const std::unique_ptr<float[]> shared(new float[scratch]);
+#pragma omp parallel num_threads(threads_for(work))
+    for (const Link& link : links) {
+      if (link.counter) {
+        if (omp_get_thread_num() == 0) *link.counter += link.amount;
+        continue;  // nothing later in the chain reads it
+      }
+      if (link.attention)
+        link.attention->run(link.x, link.residual, link.out, shared.get());
+      else
+        link.mlp->run(link.x, link.residual, link.out, shared.get());
+#pragma omp barrier
+    }
+  }
+};
+
+Tensor run_chain(const Tensor& x, const std::vector<Maybe>& tensors, const std::vector<int64_t>& code,
+                 const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(x.is_contiguous() && x.dim() == 3, "chain: x must be contiguous [batch, tokens, width]");
+  const auto run = [&](auto zero) {
+    Chain<decltype(zero)> chain(x, tensors, code, numbers);
+    chain.run();
+    return chain.result;
+  };
+  return x.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
+}
+
+Tensor chain(const Tensor& x, const std::vector<Maybe>& tensors, std::vector<int64_t> code,
+             std::vector<double> numbers) {
+  return run_chain(x, tensors, code, numbers);
+}
+
+// A chain with its weights in place, since handing over hundreds of tensors takes longer than a layer. What changes from
+// call to call is handed over at each call, and not kept.
+struct Bound {
+  std::vector<Maybe> tensors;
+  std::vector<int64_t> changing, code;
+  std::vector<double> numbers;
+};
+
+int64_t bind_chain(std::vector<Maybe> tensors, std::vector<int64_t> changing, std::vector<int64_t> code,
+                   std::vector<double> numbers) {
+  return (int64_t) new Bound{std::move(tensors), std::move(changing), std::move(code), std::move(numbers)};
+}
+
+void free_chain(int64_t handle) { delete (Bound*)handle; }
+
+Tensor call_chain(int64_t handle, const Tensor& x, const std::vector<Tensor>& changing) {
+  const Bound& bound = *(const Bound*)handle;
+  std::vector<Maybe> tensors = bound.tensors;
+  for (size_t i = 0; i < changing.size(); i++) tensors[bound.changing[i]] = changing[i];
+  return run_chain(x, tensors, bound.code, bound.numbers);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(skipc, CPU, m) {
+  m.impl("attention_block", TORCH_BOX(&attention_block));
+  m.impl("chain", TORCH_BOX(&chain));
+  m.impl("bind_chain", TORCH_BOX(&bind_chain));
+  m.impl("call_chain", TORCH_BOX(&call_chain));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(skipc, CompositeExplicitAutograd, m) { m.impl("free_chain", TORCH_BOX(&free_chain)); }
+
+}  // namespace skipc

@@ -1,0 +1,326 @@
+"""Run an attention sublayer of a few tokens over a static cache as one kernel."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from skipc.kernels.blocks import rotate, split_heads
+from skipc.passes.base import Pass, PassContext, PassResult
+from skipc.passes.dataflow import Dataflow
+from skipc.passes.fx_edit import infer, labels_of
+from skipc.passes.ops import VIEWS, op_name, tensor, written_arguments
+from torch import fx
+
+_CASTS = frozenset(["to", "float", "bfloat16", "type", "type_as"])
+# Rational functions and views: two of them that agree on random numbers are the same.
+_VIEWS = VIEWS | {"narrow", "transpose", "permute", "contiguous", "getitem", "expand", "chunk", "split"}
+_ARITHMETIC = frozenset(["mul", "__mul__", "add", "__add__", "sub", "neg", "__neg__", "pow", "square", "mean", "rsqrt"])
+_EXACT = _VIEWS | _ARITHMETIC | {"cat", "rms_norm", "arange"}
+
+
+class LowerAttentionBlock(Pass):
+    """Turn a whole attention sublayer (norm, projections, rotary embedding, writes to a static cache, attention,
+    output, residual sum) into one kernel, so that one call and one meeting of threads a stage is all that is left.
+
+    Before::
+
+        %p : f32[1, 1, 128] = skipc.skinny_linear(%x, [%wq, %wk, %wv], [None, None, None], %n, 1e-6, None)
+        %q : f32[1, 4, 1, 16] = %p[..., :64] viewed by heads * cos + rotate_half(...) * sin
+        %w : f32[1, 2, 32, 16] = index_copy_(%keys, 2, %count + arange(1), %k)
+        %a : f32[1, 4, 1, 16] = skipc.decode_attention(%q, %keys, %values, %mask, %live, False, 0.25, 0.0)
+        %y : f32[1, 1, 64] = skipc.skinny_linear(%a viewed by tokens, [%wo], [None], None, 0.0, %x)
+
+    After::
+
+        %y : f32[1, 1, 64] = skipc.attention_block(%x, %n, 1e-6, [%wq, %wk, %wv], ..., %keys, %values, %count, ..., %x)
+
+    What lies between the kernels is recognised by what it computes, not by how it is written: it is evaluated on random
+    fp64 numbers and compared with the kernel's definition. All operations let through are rational functions, for
+    which agreement on random numbers proves equality but for an event of probability zero; casts are passed over.
+
+    Leaves alone: rotary embeddings of interleaved pairs, norms of the form ``1 + weight`` before or behind, caches that
+    grow or slide, regions that do anything beside.
+    """
+
+    name = "lower_attention_block"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        target = torch.ops.skipc.decode_attention.default
+        nodes = [n for n in gm.graph.nodes if n.target is target]
+        found = _read(gm.graph, nodes[0]) if len(nodes) == 1 else None
+        if found is None:
+            return PassResult()
+        _rewrite(gm.graph, found)
+        return PassResult(1, True)
+
+
+@dataclass
+class _Block:
+    projection: fx.Node
+    order: list[int]  # of its weights, so that they make queries, keys, values
+    q_norm: fx.Node | None
+    k_norm: fx.Node | None
+    head_eps: float
+    cos: fx.Node | None
+    sin: fx.Node | None
+    position: fx.Node
+    writes: tuple[fx.Node, fx.Node]  # of keys and values
+    attention: fx.Node
+    output: fx.Node
+    count: fx.Node | None  # the increment of the position
+
+
+def _read(graph: fx.Graph, attention: fx.Node) -> _Block | None:
+    flow = Dataflow(graph)
+    q, k, v = attention.args[:3]
+    output = _output_of(attention)
+    writes = [n for n in graph.nodes if op_name(n) == "index_copy_" and len(n.args) == 4 and n.args[1] in (2, -2)]
+    if output is None or len(writes) != 2 or not isinstance(q, fx.Node):
+        return None
+    pair = [next((w for w in writes if cache in (w, w.args[0])), None) for cache in (k, v)]
+    if None in pair or pair[0] is pair[1]:
+        return None
+    keys, values = (w.args[0] for w in pair)  # type: ignore[union-attr]
+    inside: set[fx.Node] = {attention, output, *writes}
+    inputs = [q, pair[0].args[3], pair[1].args[3]]  # type: ignore[union-attr]
+    leaves = [_leaves(n, inside) for n in inputs]
+    if any(found is None for found in leaves):
+        return None
+    projection = next((n for n in leaves[2] or () if n.target is torch.ops.skipc.skinny_linear.default), None)
+    if projection is None or set(leaves[2] or ()) != {projection} or projection.args[5] is not None:
+        return None
+    inside.add(projection)
+    position = _position(pair[0].args[2], tensor(q).shape[2], inside)  # type: ignore[union-attr]
+    if position is None or pair[0].args[2] is not pair[1].args[2]:  # type: ignore[union-attr]
+        return None
+    if not _fits(projection, keys, values, position, q, output):
+        return None
+    inside |= _between(output.args[0], attention)  # type: ignore[arg-type]
+    rest = [n for n in graph.nodes if n.op not in ("placeholder", "output") and n not in inside]
+    count = next((n for n in rest if op_name(n) == "add_" and n.args[0] is position and not n.users), None)
+    if any(n is not count for n in rest):
+        return None
+    if any(u not in inside for n in inside - {output} for u in n.users):
+        return None
+    written = flow.written - flow.storages[keys] - flow.storages[values]
+    written -= flow.storages[position] if count is not None else frozenset()
+    if any(flow.storages[n] & written for n in graph.nodes if n.op == "placeholder"):
+        return None
+    if flow.storages[keys] & flow.storages[values]:
+        return None
+    return _roles(inputs, leaves, projection, position, (pair[0], pair[1]), attention, output, count)  # type: ignore[arg-type]
+
+
+def _output_of(attention: fx.Node) -> fx.Node | None:
+    """The linear layer that reads the result, heads side by side."""
+    node = attention
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if node.target is torch.ops.skipc.skinny_linear.default:
+            break
+        if op_name(node) not in _EXACT:
+            return None
+    if node.target is not torch.ops.skipc.skinny_linear.default or len(node.args[1]) != 1:  # type: ignore[arg-type]
+        return None
+    if node.args[3] is not None:
+        return None
+    numbers = _random([attention])
+    found = _evaluate(node.args[0], numbers)
+    return node if _equal(found, numbers[attention].transpose(1, 2).flatten(2)) else None
+
+
+def _fits(projection: fx.Node, keys: fx.Node, values: fx.Node, position: fx.Node, q: fx.Node, output: fx.Node) -> bool:
+    x, k, v, p = tensor(projection.args[0]), tensor(keys), tensor(values), tensor(position)
+    head, made = tensor(q), tensor(output)
+    if x is None or k is None or v is None or p is None or head is None or made is None or x.dim() != 3:
+        return False
+    batch, tokens, _ = x.shape
+    return (
+        all(n.op == "placeholder" for n in (keys, values, position))
+        and k.dtype == v.dtype == x.dtype == made.dtype
+        and k.stride(3) == v.stride(3) == 1
+        and k.shape[:3] == v.shape[:3]
+        and k.shape[0] == batch
+        and (head.shape[0], head.shape[2], head.shape[3]) == (batch, tokens, k.shape[3])
+        and made.dim() == 3
+    )
+
+
+def _position(places: Any, tokens: int, inside: set[fx.Node]) -> fx.Node | None:
+    """Where the tokens go: an input that names all places, or the first one."""
+    if not isinstance(places, fx.Node):
+        return None
+    leaves = _leaves(places, inside)
+    if leaves is None or len(leaves) != 1:
+        return None
+    leaf = next(iter(leaves))
+    value = tensor(leaf)
+    if value is None or value.dtype != torch.int64 or tuple(value.shape) not in ((), (tokens,)):
+        return None
+    for first in (3, 11):
+        given = first + (torch.arange(tokens) if value.dim() else torch.tensor(0))
+        if not _equal(_evaluate(places, {leaf: given}), first + torch.arange(tokens)):
+            return None
+    return leaf
+
+
+def _roles(
+    inputs: list[fx.Node],
+    leaves: list[dict[fx.Node, None]],
+    projection: fx.Node,
+    position: fx.Node,
+    writes: tuple[fx.Node, fx.Node],
+    attention: fx.Node,
+    output: fx.Node,
+    count: fx.Node | None,
+) -> _Block | None:
+    """Find out which input is what, by trying."""
+    tables = [n for n in leaves[0] if n is not projection and tensor(n).dim() == 3]  # type: ignore[union-attr]
+    norms = [[n for n in found if n is not projection and n not in tables] for found in leaves[:2]]
+    if set(tables) != {n for n in leaves[1] if n is not projection and n not in norms[1]} or len(tables) not in (0, 2):
+        return None
+    dim = tensor(inputs[0]).shape[-1]  # type: ignore[union-attr]
+    if any(len(found) > 1 or any(tuple(tensor(n).shape) != (dim,) for n in found) for found in norms):  # type: ignore[union-attr]
+        return None
+    x = tensor(projection)
+    given = {n: tensor(n) for n in (*tables, *norms[0], *norms[1])}
+    if any(t is None or t.stride(-1) != 1 or x is None or t.dtype != x.dtype for t in given.values()):
+        return None
+    numbers = _random([projection, *given])
+    found = [_evaluate(n, numbers) for n in inputs]
+    if any(f is None for f in found):
+        return None
+    widths = [tensor(w).shape[0] for w in projection.args[1]]  # type: ignore[union-attr]
+    parts = numbers[projection].split(widths, -1)
+    keys, values = (tensor(w.args[0]) for w in writes)
+    assert keys is not None
+    assert values is not None
+    weights = [n[0] if n else None for n in norms]
+    epsilons = _epsilons(inputs, projection) if any(norms) else [0.0]
+    for order in itertools.permutations(range(len(widths))):
+        q, k, v = split_heads(torch.cat([parts[i] for i in order], -1), keys, values)
+        if q.shape != found[0].shape or k.shape != found[1].shape or not _equal(found[2], v):  # type: ignore[union-attr]
+            continue
+        for eps, (cos, sin) in itertools.product(
+            epsilons, itertools.permutations(tables) if tables else [(None, None)]
+        ):
+            heads = [
+                h if w is None else torch.rms_norm(h, (dim,), numbers[w], eps)
+                for h, w in zip((q, k), weights, strict=True)
+            ]
+            if cos is not None:
+                heads = [rotate(h, numbers[cos], numbers[sin]) for h in heads]
+            if all(_equal(a, b) for a, b in zip(found, heads, strict=False)):
+                return _Block(
+                    projection, list(order), *weights, eps, cos, sin, position, writes, attention, output, count
+                )
+    return None
+
+
+def _rewrite(graph: fx.Graph, block: _Block) -> None:
+    x, weights, biases, norm, eps, _ = block.projection.args
+    weights, biases = ([list(given)[i] for i in block.order] for given in (weights, biases))  # type: ignore[arg-type]
+    _, _, _, mask, live, causal, scale, softcap = block.attention.args
+    keys, values = (w.args[0] for w in block.writes)
+    _, (out,), (out_bias,), _, _, residual = block.output.args  # type: ignore[misc]
+    with graph.inserting_before(block.output):
+        made = graph.call_function(
+            torch.ops.skipc.attention_block.default,
+            (x, norm, eps, weights, biases, block.q_norm, block.k_norm, block.head_eps, block.cos, block.sin,
+             keys, values, block.position, mask, live, causal, scale, softcap, out, out_bias, residual),
+        )  # fmt: skip
+    made.meta = labels_of(block.attention)
+    infer(made)
+    if block.count is not None:
+        made.append(block.count)  # the kernel reads the position where the output was computed
+    block.output.replace_all_uses_with(made)
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "call_method") and not node.users and node not in (made, block.count):
+            graph.erase_node(node)
+
+
+# -- what a few nodes compute ------------------------------------------------------------------------------------------
+
+
+def _leaves(node: fx.Node, inside: set[fx.Node]) -> dict[fx.Node, None] | None:
+    """What ``node`` is computed from by exact operations, all of which are added to ``inside``; None if other
+    operations take part."""
+    leaves: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        if n.op == "placeholder" or n.target is torch.ops.skipc.skinny_linear.default:
+            leaves[n] = None
+        elif _is_exact(n):
+            inside.add(n)
+            stack += n.all_input_nodes
+        else:
+            return None
+    return leaves
+
+
+def _is_exact(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method") or written_arguments(node):
+        return False
+    if op_name(node) in _CASTS:
+        before, after = tensor(node.args[0]), tensor(node)
+        return before is not None and after is not None and before.is_floating_point() == after.is_floating_point()
+    return op_name(node) in _EXACT
+
+
+def _between(node: fx.Node, start: fx.Node) -> set[fx.Node]:
+    found = set()
+    while node is not start:
+        found.add(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return found
+
+
+def _evaluate(node: Any, numbers: dict[fx.Node, torch.Tensor]) -> Any:
+    """``node`` on the given values of its leaves, in fp64 all through; None if that fails."""
+    known: dict[fx.Node, Any] = dict(numbers)
+
+    def value(n: fx.Node) -> Any:
+        if n not in known:
+            args, kwargs = fx.map_arg((n.args, n.kwargs), value)  # type: ignore[arg-type]
+            if op_name(n) in _CASTS:
+                known[n] = args[0]
+            elif n.op == "call_method":
+                known[n] = getattr(args[0], str(n.target))(*args[1:], **kwargs)
+            else:
+                known[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+        return known[n]
+
+    try:
+        return value(node)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+        return None
+
+
+def _random(nodes: list[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.randn(tensor(n).shape, dtype=torch.float64, generator=generator) for n in nodes}  # type: ignore[union-attr]
+
+
+def _equal(a: Any, b: torch.Tensor) -> bool:
+    return isinstance(a, torch.Tensor) and a.shape == b.shape and torch.allclose(a.double(), b.double(), 1e-10, 1e-10)
+
+
+def _epsilons(inputs: list[fx.Node], projection: fx.Node) -> list[float]:
+    """Small constants in the arithmetic of ``inputs``."""
+    found: dict[float, None] = {}
+    nodes: set[fx.Node] = set()
+    for node in inputs:
+        _leaves(node, nodes)
+    for node in nodes:
+        for value in (*node.args, *node.kwargs.values()):
+            if isinstance(value, float) and 0 < value < 0.1:
+                found[value] = None
+    return list(found)

@@ -1,0 +1,99 @@
+"""Distinct regions of a program: what they do, and whether Inductor has a part in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from skipc.kernels.blocks import SUBLAYERS
+from skipc.passes.dataflow import Dataflow
+from skipc.passes.lowering.inductor import Compiled
+from skipc.passes.ops import VIEWS, op_name, tensor, written_arguments
+from torch import fx
+
+from skipc.ir.program import Input, KernelCall, RegionInfo
+
+_FREE = VIEWS | frozenset(["getitem", "expand", "transpose", "permute", "size", "add_", "arange", "add", "to", "sub"])
+
+
+@dataclass
+class Region:
+    """A distinct region: its graph and, once compiled, its function."""
+
+    name: str
+    gm: fx.GraphModule
+    symbols: list[sympy.Symbol]
+    calls: int = 0
+    guards: list[Any] = field(default_factory=list)
+    function: Compiled | None = None
+    seconds: float = 0.0
+
+    @cached_property
+    def interpreted(self) -> bool:
+        """Run as it is, without Inductor: because it does so little that calling Inductor's code would cost more (views
+        and counters, kernels that are whole sublayers), or because it writes to an input that another input overlaps
+        (AOTAutograd would need to know how the two were made, which a region's inputs do not tell)."""
+        nodes = [n for n in self.gm.graph.nodes if n.op in ("call_function", "call_method")]
+        if len(nodes) <= 4 and all(op_name(n) in _FREE or n.target in SUBLAYERS for n in nodes):
+            return True
+        flow = Dataflow(self.gm.graph)
+        owners = Counter(s for n in flow.nodes if n.op == "placeholder" for s in flow.storages[n])
+        return any(owners[s] > 1 for s in flow.written)
+
+    def info(self) -> RegionInfo:
+        """The record for reports."""
+        count = sum(1 for n in self.gm.graph.nodes if n.op in ("call_function", "call_method"))
+        return RegionInfo(self.name, count, self.calls, not self.interpreted, self.seconds, kernel_calls(self.gm.graph))
+
+
+def kernel_calls(graph: fx.Graph) -> tuple[KernelCall, ...]:
+    """What ``graph`` does, if that is calling one sublayer kernel, whose result it returns, and counting; or counting
+    alone. Otherwise nothing."""
+    places: dict[fx.Node, int] = {}
+    calls: list[KernelCall] = []
+    results: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            places[node] = len(places)
+        elif node.op == "output":
+            if list(node.args[0]) != results or len(results) > 1:
+                return ()
+        elif any(n not in places for n in node.all_input_nodes):
+            return ()
+        elif node.target in SUBLAYERS:
+            results.append(node)
+            calls.append(KernelCall(node.target._opname, _as_tuples(node.args, places)))
+        elif op_name(node) == "add_" and isinstance(node.args[1], int) and not node.kwargs and not node.users:
+            value = tensor(node.args[0])
+            if value is None or value.dtype != torch.int64 or value.dim():
+                return ()
+            calls.append(KernelCall("count", _as_tuples(node.args, places)))
+        else:
+            return ()
+    return tuple(calls)
+
+
+def _as_tuples(value: Any, places: dict[fx.Node, int]) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_as_tuples(v, places) for v in value)
+    return Input(places[value]) if isinstance(value, fx.Node) else value
+
+
+def as_it_is(gm: fx.GraphModule) -> Compiled:
+    """``gm`` without Inductor. What custom operations write is noted, as torch notes what its own write."""
+    forward = gm.forward
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    writers = [n for n in gm.graph.nodes if n.target in SUBLAYERS]
+    written = [i for i, n in enumerate(inputs) if any(n in written_arguments(w) for w in writers)]
+    if not written:
+        return lambda arguments: forward(*arguments)
+
+    def call(arguments: list[Any]) -> Any:
+        torch._C._increment_version([arguments[i] for i in written])
+        return forward(*arguments)
+
+    return call

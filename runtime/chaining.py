@@ -1,0 +1,156 @@
+"""Which steps of a program one kernel call can run: sublayers one after the other, with no host code between them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from skipc.kernels.chain import ENTRY, NOTHING, BoundChain, Links
+
+from skipc.ir.program import Arm, Input, KernelCall, ProgramSpec, Var
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Steps ``first`` to ``last`` of a program, each in its chosen arm, as one call.
+
+    Attributes:
+        entry: variable that the first link reads.
+        result: index of the last result in ``links``.
+        outputs: variables that later steps read: (variable, True if it takes the result, False if the entry).
+        fixed: positions of ``links.tensors`` (variables, here) that are parameters of the model.
+        changing: positions of the other operands.
+        written: which of ``changing`` are written.
+    """
+
+    first: int
+    last: int
+    entry: str
+    outputs: tuple[tuple[str, bool], ...]
+    links: Links
+    fixed: tuple[int, ...]
+    changing: tuple[int, ...]
+    written: tuple[int, ...]
+
+    def operands(self, positions: Sequence[int]) -> list[str]:
+        """The variables at some positions."""
+        return [self.links.tensors[i] for i in positions]
+
+    def function(self) -> Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]:
+        """The chain as a function of its entry and its operands, fixed and changing."""
+        bound: tuple[Sequence[torch.Tensor], BoundChain] | None = None
+
+        def call(x: torch.Tensor, fixed: Sequence[torch.Tensor], changing: Sequence[torch.Tensor]) -> torch.Tensor:
+            nonlocal bound
+            now = bound
+            if now is None or not all(map(operator.is_, now[0], fixed)):  # another instance of the model, or edited
+                tensors: list[Any] = [None] * len(self.links.tensors)
+                for i, value in zip(self.fixed, fixed, strict=True):
+                    tensors[i] = value
+                now = bound = fixed, BoundChain(self.links, tensors, self.changing)
+            torch._C._increment_version([changing[i] for i in self.written])
+            return now[1](x, changing)
+
+        return call
+
+
+def chains_of(spec: ProgramSpec, arms: Sequence[int]) -> list[Chain]:
+    """The longest chains in ``spec`` with one arm chosen for each step, in order."""
+    chosen = [step.arms[a] for step, a in zip(spec.steps, arms, strict=True)]
+    last_use = {v.name: len(chosen) for v in spec.outputs if isinstance(v, Var)}
+    for i in reversed(range(len(chosen))):
+        for name in (*chosen[i].inputs, *(source for _, source in chosen[i].copies)):
+            last_use.setdefault(name, i)
+    chains: list[Chain] = []
+    i = 0
+    while i < len(chosen):
+        chain = _Builder(spec, chosen, last_use, i).longest()
+        if chain is not None:
+            chains.append(chain)
+        i = chain.last + 1 if chain is not None else i + 1
+    return chains
+
+
+class _Builder:
+    def __init__(self, spec: ProgramSpec, chosen: list[Arm], last_use: dict[str, int], first: int):
+        self.spec, self.chosen, self.last_use, self.first = spec, chosen, last_use, first
+        self.parameters = {spec.inputs[i] for i in spec.parameters}
+        self.links = Links()
+        self.entry: str | None = None
+        self.values: dict[str, int] = {}  # variables made in the chain: a result, or the entry
+        self.counted: set[str] = set()
+        self.written: list[int] = []
+
+    def longest(self) -> Chain | None:
+        best = None
+        for i in range(self.first, len(self.chosen)):
+            if not self._append(self.chosen[i]):
+                break
+            best = self._ended(i) or best
+        return best
+
+    def _append(self, arm: Arm) -> bool:
+        """Add the step that runs ``arm``; False if it cannot be part of this chain (which is then of no use)."""
+        if arm.region is not None:
+            kernels = self.spec.regions[arm.region].kernels
+            if not kernels or not all(self._link(call, arm) for call in kernels):
+                return False
+        for name, source in arm.copies:
+            if source not in self.values:
+                return False
+            self.values[name] = self.values[source]
+        return self.entry is not None
+
+    def _link(self, call: KernelCall, arm: Arm) -> bool:
+        def named(value: object) -> object:
+            if isinstance(value, tuple):
+                return tuple(map(named, value))
+            return arm.inputs[value.index] if isinstance(value, Input) else value
+
+        arguments: tuple = tuple(map(named, call.arguments))  # type: ignore[type-arg]
+        if call.name == "count":
+            counter, amount = arguments
+            self.written.append(len(self.links.tensors))
+            self.links.count(counter, amount)
+            self.counted.add(counter)
+            return counter not in self.values
+        x, residual = arguments[0], arguments[-1]
+        if self.entry is None:
+            self.entry = x
+            self.values[x] = ENTRY
+        if x not in self.values or not (residual is None or residual in self.values):
+            return False
+        start = len(self.links.tensors)
+        add = self.links.attention if call.name == "attention_block" else self.links.mlp
+        result = add(self.values[x], NOTHING if residual is None else self.values[residual], arguments)
+        operands = self.links.tensors[start:]
+        if self.counted.intersection(operands) or any(o in self.values for o in operands if o is not None):
+            return False
+        if call.name == "attention_block":
+            keys, values = arguments[10:12]
+            self.written += [start + operands.index(keys), start + operands.index(values)]
+        (output,) = arm.outputs
+        self.values[output] = result
+        return True
+
+    def _ended(self, last: int) -> Chain | None:
+        """The chain up to step ``last``, if it has links to join and nothing between them is read later."""
+        result = self.links.results - 1
+        outputs = [
+            (name, value == result)
+            for name, value in self.values.items()
+            if name != self.entry and self.last_use.get(name, -1) > last
+        ]
+        if result < 1 or any(self.values[name] not in (ENTRY, result) for name, _ in outputs):
+            return None
+        links = Links(list(self.links.tensors), list(self.links.code), list(self.links.numbers), self.links.results)
+        assert self.entry is not None
+        fixed, changing = [], []
+        for i, name in enumerate(links.tensors):
+            if name is not None:
+                (fixed if name in self.parameters else changing).append(i)
+        written = tuple(changing.index(i) for i in self.written)
+        return Chain(self.first, last, self.entry, tuple(outputs), links, tuple(fixed), tuple(changing), written)

@@ -1,0 +1,172 @@
+"""Sublayers as one kernel: against fp64, against themselves in other company, and at the edges of the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from skipc.kernels import native
+from skipc.kernels.blocks import attention_block
+from skipc.kernels.chain import ENTRY, NOTHING, Links, chain
+from torch.nn import functional as F
+
+from tests.harness import assert_no_further
+
+pytestmark = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
+DTYPES = [torch.float32, torch.bfloat16]
+LENGTH, DIM = 300, 24
+
+
+@pytest.fixture(autouse=True)
+def _built() -> None:
+    assert native.available() is None
+
+
+def case(batch: int, tokens: int, dtype: torch.dtype, width: int = 70, heads: int = 6, kv: int = 2) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(batch * 10 + tokens)
+
+    def rand(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator).to(dtype)
+
+    angles = torch.rand(batch, tokens, 8, generator=generator).repeat(1, 1, 2) * 6
+    mask = torch.rand(batch, 1, tokens, LENGTH, generator=generator) > 0.3
+    return {
+        "x": rand(batch, tokens, width),
+        "norm": rand(width),
+        "eps": 1e-5,
+        "projections": [rand(n * DIM, width) / 8 for n in (heads, kv, kv)],
+        "biases": [rand(heads * DIM), None, rand(kv * DIM)],
+        "q_norm": rand(DIM),
+        "k_norm": None,
+        "head_eps": 1e-6,
+        "cos": angles.cos().to(dtype),
+        "sin": angles.sin().to(dtype),
+        "keys": rand(batch, kv, LENGTH, DIM),
+        "values": rand(batch, kv, LENGTH, DIM),
+        "position": torch.tensor(261),
+        "mask": mask,
+        "live": None,
+        "causal": False,
+        "scale": DIM**-0.5,
+        "softcap": 0.0,
+        "out": rand(width, heads * DIM) / 8,
+        "out_bias": None,
+        "residual": rand(batch, tokens, width),
+    }
+
+
+def spelled_out(a: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same in plain torch, in one dtype: result, keys and values."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cast(v) for v in value]
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    a = {k: cast(v) for k, v in a.items()}
+    batch, tokens, width = a["x"].shape
+    h = a["x"] if a["norm"] is None else F.rms_norm(a["x"], (width,), a["norm"], a["eps"])
+    q, k, v = (
+        F.linear(h, w, b).view(batch, tokens, -1, DIM).transpose(1, 2)
+        for w, b in zip(a["projections"], a["biases"], strict=True)
+    )
+    if a["q_norm"] is not None:
+        q = F.rms_norm(q, (DIM,), a["q_norm"], a["head_eps"])
+    if a["k_norm"] is not None:
+        k = F.rms_norm(k, (DIM,), a["k_norm"], a["head_eps"])
+    if a["cos"] is not None:
+        cos, sin = a["cos"].unsqueeze(1), a["sin"].unsqueeze(1)
+
+        def turn(t: torch.Tensor) -> torch.Tensor:
+            t, kept = t[..., :16], t[..., 16:]
+            return torch.cat([t * cos + torch.cat([-t[..., 8:], t[..., :8]], -1) * sin, kept], -1)
+
+        q, k = turn(q), turn(k)
+    places = a["position"] + torch.arange(tokens) if a["position"].dim() == 0 else a["position"]
+    keys, values = a["keys"].clone(), a["values"].clone()
+    keys[:, :, places] = k
+    values[:, :, places] = v
+    groups = q.shape[1] // keys.shape[1]
+    mixed = F.scaled_dot_product_attention(
+        q, keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1), a["mask"], scale=a["scale"]
+    )
+    out = F.linear(mixed.transpose(1, 2).reshape(batch, tokens, -1), a["out"], a["out_bias"])
+    return out if a["residual"] is None else out + a["residual"], keys, values
+
+
+def native_block(a: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    a = {**a, "keys": a["keys"].clone(), "values": a["values"].clone()}
+    return torch.ops.skipc.attention_block(**a), a["keys"], a["values"]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all parts": {},
+    "bare": {"norm": None, "q_norm": None, "cos": None, "sin": None, "mask": None, "residual": None},
+    "places": {"position": torch.tensor([7, 299, 0, 31])},
+    "both norms": {"k_norm": torch.linspace(0.5, 2, DIM)},
+}
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 1), (1, 4), (2, 3)])
+def test_against_fp64(batch: int, tokens: int, dtype: torch.dtype, variant: str) -> None:
+    a = case(batch, tokens, dtype)
+    for name, value in VARIANTS[variant].items():
+        a[name] = value.to(dtype) if name == "k_norm" else value
+    if variant == "places":
+        a["position"] = a["position"][:tokens]
+    exact, eager = spelled_out(a, torch.float64), spelled_out(a, dtype)
+    assert_no_further(exact, eager, native_block(a))
+    theirs = {**a, "keys": a["keys"].clone(), "values": a["values"].clone()}
+    assert_no_further(exact, eager, (attention_block(**theirs), theirs["keys"], theirs["values"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_depends_neither_on_its_company_nor_on_threads(dtype: torch.dtype) -> None:
+    a = case(5, 2, dtype)
+    found = native_block(a)
+    threads = torch.get_num_threads()
+    for row in range(5):
+        one = {k: v[row : row + 1] if isinstance(v, torch.Tensor) and v.dim() > 2 else v for k, v in a.items()}
+        torch.set_num_threads(1 + row % 2)
+        try:
+            for whole, alone in zip(found, native_block(one), strict=True):
+                assert torch.equal(whole[row : row + 1], alone)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("place", [LENGTH, -1])
+def test_a_full_cache_is_an_error(place: int) -> None:
+    with pytest.raises(RuntimeError, match=f"position {place} of a cache of {LENGTH}"):
+        native_block({**case(1, 1, torch.float32), "position": torch.tensor(place)})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 2)])
+def test_a_chain_has_the_bits_of_its_links(dtype: torch.dtype, batch: int, tokens: int) -> None:
+    a, b = case(batch, tokens, dtype), case(batch, tokens, dtype)
+    b["biases"], b["norm"], b["keys"] = [None, None, None], None, a["keys"].flip(2).contiguous()
+    generator = torch.Generator().manual_seed(1)
+    gate, up, down = (torch.randn(s, generator=generator).to(dtype) / 8 for s in ((90, 70), (90, 70), (70, 90)))
+    x, counter = a["x"], torch.tensor(261)
+    a["position"] = counter
+    links = Links()
+    first = links.attention(ENTRY, ENTRY, list(a.values()))
+    links.count(counter, tokens)
+    second = links.mlp(first, ENTRY, (None, a["norm"], 1e-5, gate, up, down, 0, None))
+    links.attention(second, NOTHING, list(b.values()))
+    kept = [t.clone() for t in (a["keys"], b["keys"])]
+    expected = chain(x, links.tensors, links.code, links.numbers)
+    written = [t.clone() for t in (a["keys"], b["keys"])]
+    assert counter.item() == 261 + tokens
+    counter.fill_(261)
+    for cache, before in zip((a["keys"], b["keys"]), kept, strict=True):
+        cache.copy_(before)
+    found = torch.ops.skipc.chain(x, links.tensors, links.code, links.numbers)
+    assert torch.equal(found, expected)
+    assert torch.equal(a["keys"], written[0])
+    assert torch.equal(b["keys"], written[1])
+    assert counter.item() == 261 + tokens
