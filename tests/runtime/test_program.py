@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from skipc.kernels import native
+from skipc.runtime import sessions
+from skipc.runtime.chaining import chains_of
 from torch import nn
+from transformers import StaticCache
 
 import skipc
-from tests.harness import STRICT, run_regions_uncompiled
+from tests.harness import STRICT, assert_no_further, eager_skip, in_double, run_regions_uncompiled
+from tests.models.zoo import ZOO
 
 D = 16
 
@@ -47,3 +52,66 @@ def test_counters_run_last_unless_someone_reads_them(monkeypatch: Any, late_read
             found = compiled(x, count)
         assert count.item() == call
         torch.testing.assert_close(found, twin(x, torch.tensor(call - 1)))
+
+
+@pytest.fixture(scope="module")
+def decoder() -> tuple[Any, Any, Any]:
+    model = ZOO["llama"].build()
+    return model, in_double(model, {})[0], skipc.compile(model, fullgraph=True, **STRICT)
+
+
+def steps(model: Any, call: Any, batch: int = 2, count: int = 4) -> torch.Tensor:
+    """Logits of a prefill and of decode steps with a static cache: float [batch, 1 + count, vocabulary]."""
+    tokens = torch.randint(3, 90, (batch, 6 + count), generator=torch.Generator().manual_seed(3))
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        logits = [call(input_ids=tokens[:, :6], past_key_values=cache).logits[:, -1]]
+        for i in range(6, 6 + count):
+            logits.append(call(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits[:, 0])
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("kv", ["project", "none"])
+def test_chains_equal_eager_under_any_plan(decoder: tuple[Any, Any, Any], kv: Any) -> None:
+    model, double, compiled = decoder
+    steps(model, compiled)
+    names = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn", "mlp")]
+    for bits in range(1 << len(names)):
+        skip = {n for i, n in enumerate(names) if bits >> i & 1}
+        if kv == "none" and bits % 2 == 0 and bits:
+            continue  # half of them will do
+        with eager_skip(double, skip):
+            truth = steps(double, double)
+        with eager_skip(model, skip):
+            eager = steps(model, model)
+        with compiled.session(skip=skip, kv=kv) as session:
+            first, again = steps(model, compiled), steps(model, compiled)  # step by step, and then joined
+            assert session.stats().recompiles == 0
+        assert_no_further(truth, eager, first)
+        assert torch.equal(first, again)
+
+
+@pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
+def test_a_decode_step_is_one_chain_and_sees_new_weights(decoder: tuple[Any, Any, Any]) -> None:
+    model, _, compiled = decoder
+    expected = steps(model, compiled)
+    program = max((p for p in compiled_programs(model)), key=lambda p: len(chains_of(p.spec, p.exact)))
+    (chain,) = chains_of(program.spec, program.exact)
+    assert chain.links.results == 4
+    weight = model.model.layers[1].mlp.up_proj.weight
+    kept = weight.data
+    try:
+        weight.data = kept * 2  # the same parameter in other memory
+        torch.testing.assert_close(steps(model, compiled), steps(model, model), rtol=1e-4, atol=1e-4)
+        model.model.layers[1].mlp.up_proj.weight = nn.Parameter(kept * 3)
+        torch.testing.assert_close(steps(model, compiled), steps(model, model), rtol=1e-4, atol=1e-4)
+    finally:
+        weight.data = kept
+        model.model.layers[1].mlp.up_proj.weight = weight
+    assert torch.equal(steps(model, compiled), expected)
+
+
+def compiled_programs(model: Any) -> list[Any]:
+    used = {id(p) for p in model.parameters()}
+    return [p for p, parameters in sessions._programs.items() if parameters & used]
