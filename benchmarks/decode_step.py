@@ -13,6 +13,7 @@ from typing import Any
 import click
 import torch
 from common import check_load, console, interleave, ratio, save
+from skipc.runtime.chaining import chains_of
 from skipc.runtime.program import Program
 
 import skipc
@@ -57,7 +58,7 @@ def main(rounds: int, threads: int, dtype: str, cache_length: int, path: str | N
             logits[name] = step(name).logits
     same = torch.equal(logits["Inductor"], logits["skipc"])
     load = check_load()
-    times = interleave({name: lambda n=name: step(n) for name in calls}, rounds)  # type: ignore[misc]
+    times = interleave({name: lambda n=name: step(n) for name in calls}, rounds, burst=4)  # type: ignore[misc]
     record: dict[str, Any] = {
         "dtype": dtype,
         "cache": cache_length,
@@ -82,28 +83,18 @@ def main(rounds: int, threads: int, dtype: str, cache_length: int, path: str | N
     save(path, record)
 
 
-Call = tuple[Callable[[list[Any]], Any], list[Any]]
-
-
-def _region_calls(compiled: skipc.CompiledModel, step: Callable[[], Any]) -> tuple[dict[str, Call], dict[str, Call]]:
-    """The region calls of each site in one step, functions with arguments: of the site, and of what is left of it when
-    it is skipped under kv="project" (its keys and values)."""
+def _captured(compiled: skipc.CompiledModel, step: Callable[[], Any]) -> tuple[Program, dict[str, Any]]:
+    """The program of one step, and all its variables."""
     caught: list[Any] = []
     measure = Program.measure
 
     def spy(program: Program, inputs: Any, arms: Any) -> Any:
         scope = dict(zip(program.spec.inputs, inputs, strict=True))
-        calls: tuple[dict[str, Call], dict[str, Call]] = ({}, {})
         for s in program.spec.steps:
-            for site in s.sites:
-                left = s.arms[s.arm_for(frozenset([site]), "project")]
-                for found, arm in zip(calls, (s.arms[0], left), strict=True):
-                    if arm.region is not None:
-                        found[site] = program.functions[arm.region], [scope[n] for n in arm.inputs]
             arm = s.arms[0]
             assert arm.region is not None
             scope.update(zip(arm.outputs, program.functions[arm.region]([scope[n] for n in arm.inputs]), strict=True))
-        caught.append(calls)
+        caught[:] = program, scope
         return measure(program, inputs, arms)
 
     Program.measure = spy  # type: ignore[method-assign]
@@ -112,15 +103,31 @@ def _region_calls(compiled: skipc.CompiledModel, step: Callable[[], Any]) -> tup
             step()
     finally:
         Program.measure = measure  # type: ignore[method-assign]
-    return caught[0]  # type: ignore[no-any-return]
+    return caught[0], caught[1]
+
+
+def _alone(program: Program, scope: dict[str, Any], sites: list[str]) -> list[Callable[[], Any]]:
+    """Calls that run ``sites`` and nothing else, joined as the program joins them."""
+    arms = program.arms_for(program.site_names - set(sites), "none")
+    chains = chains_of(program.spec, arms)
+    calls: list[Callable[[], Any]] = []
+    for c in chains:
+        function = c.function()
+        fixed, changing = ([scope[n] for n in c.operands(p)] for p in (c.fixed, c.changing))
+        calls.append(lambda f=function, x=scope[c.entry], a=fixed, b=changing: f(x, a, b))  # type: ignore[misc]
+    for i, (s, index) in enumerate(zip(program.spec.steps, arms, strict=True)):
+        arm = s.arms[index]
+        if arm.region is not None and set(s.sites) & set(sites) and not any(c.first <= i <= c.last for c in chains):
+            arguments = [scope[n] for n in arm.inputs]
+            calls.append(lambda f=program.functions[arm.region], a=arguments: f(list(a)))  # type: ignore[misc]
+    return calls
 
 
 def _savings(compiled: skipc.CompiledModel, step: Callable[[], Any], rounds: int) -> list[dict[str, Any]]:
-    """Time saved by skipping k sites, over the time that calling those sites' regions one after the other takes; with
-    kv="project", less the time that their keys and values take."""
-    calls, keeping = _region_calls(compiled, step)
-    mlps = [n for n in calls if n.endswith(".mlp")]
-    attentions = [n for n in calls if n.endswith(".self_attn")]
+    """Time saved by skipping k sites, over the time that running those sites alone takes."""
+    program, scope = _captured(compiled, step)
+    mlps = [n.name for n in program.spec.sites if n.name.endswith(".mlp")]
+    attentions = [n.name for n in program.spec.sites if n.name.endswith(".self_attn")]
     plans = {
         "10 MLPs": (mlps[5:15], None),
         "all MLPs": (mlps, None),
@@ -132,29 +139,18 @@ def _savings(compiled: skipc.CompiledModel, step: Callable[[], Any], rounds: int
     }
     results = []
     for label, (skip, kv) in plans.items():
+        calls = _alone(program, scope, skip)
 
-        def alone(skip: list[str] = skip) -> None:
-            for name in skip:
-                function, arguments = calls[name]
-                function(list(arguments))
-
-        def kept(skip: list[str] = skip, kv: Any = kv) -> None:
-            for name in skip if kv is None else ():
-                if name in keeping:
-                    function, arguments = keeping[name]
-                    function(list(arguments))
+        def alone(calls: list[Callable[[], Any]] = calls) -> None:
+            for call in calls:
+                call()
 
         # Each after a whole step, which leaves the caches of the machine in the same state for all three. Sessions
         # are opened off the clock: once a request, not once a step.
         whole, without = compiled.session(), compiled.session(skip=skip, kv=kv)
-        times: dict[str, list[float]] = {"run": [], "skip": [], "alone": [], "kept": []}
+        times: dict[str, list[float]] = {"run": [], "skip": [], "alone": []}
         for i in range(rounds + 3):
-            for name, session, call in (
-                ("run", whole, step),
-                ("skip", without, step),
-                ("alone", whole, alone),
-                ("kept", whole, kept),
-            ):
+            for name, session, call in (("run", whole, step), ("skip", without, step), ("alone", whole, alone)):
                 step()
                 with session:
                     start = time.perf_counter()
@@ -163,9 +159,8 @@ def _savings(compiled: skipc.CompiledModel, step: Callable[[], Any], rounds: int
                 if i >= 3:
                     times[name].append(took)
         saved = [r - s for r, s in zip(times["run"], times["skip"], strict=True)]
-        own = [a - k for a, k in zip(times["alone"], times["kept"], strict=True)]
-        share, low, high = ratio(saved, own)
-        own_ms = statistics.median(own) * 1e3
+        share, low, high = ratio(saved, times["alone"])
+        own_ms = statistics.median(times["alone"]) * 1e3
         results.append({"plan": label, "own_ms": own_ms, "share": share, "low": low, "high": high})
         console.print(
             f"{label:>26}: saves {share:6.1%} [{low:.1%}, {high:.1%}] of the {own_ms:5.2f} ms that these regions "

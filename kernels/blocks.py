@@ -15,6 +15,10 @@ library.define(
     "Tensor? mask, Tensor? live, bool causal, float scale, float softcap, Tensor out, Tensor? out_bias, "
     "Tensor? residual) -> Tensor"
 )
+library.define(
+    "cache_block(Tensor x, Tensor? norm, float eps, Tensor[] projections, Tensor?[] biases, Tensor? k_norm, "
+    "float head_eps, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, Tensor position) -> ()"
+)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -34,11 +38,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def split_heads(
     projected: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values, ``[batch, heads, tokens, dim]``, of ``[batch, tokens, all]``, for a cache."""
+    """Queries, keys and values, ``[batch, heads, tokens, dim]``, of ``[batch, tokens, all]``, for a cache. There may be
+    no queries."""
     (_, key_heads, _, dim), v_dim = keys.shape, values.shape[-1]
-    sizes = [projected.shape[-1] - key_heads * (dim + v_dim), key_heads * dim, key_heads * v_dim]
-    parts = zip(projected.split(sizes, -1), (dim, dim, v_dim), strict=True)
-    q, k, v = (part.unflatten(-1, (-1, width)).transpose(1, 2) for part, width in parts)
+    rows = projected.shape[-1] - key_heads * (dim + v_dim)
+    sizes = [(rows // dim, dim), (key_heads, dim), (key_heads, v_dim)]
+    parts = projected.split([rows, key_heads * dim, key_heads * v_dim], -1)
+    q, k, v = (part.unflatten(-1, size).transpose(1, 2) for part, size in zip(parts, sizes, strict=True))
     return q, k, v
 
 
@@ -87,6 +93,49 @@ def attention_block(
         RuntimeError: for a position outside the cache (IndexError from the reference).
     """
     batch, tokens, _ = x.shape
+    q = _extend_cache(x, norm, eps, projections, biases, q_norm, k_norm, head_eps, cos, sin, keys, values, position)
+    mixed = attention_reference(q, keys, values, mask, live, causal, scale, softcap)
+    rows = mixed.transpose(1, 2).reshape(batch, tokens, -1)
+    made = skinny_linear(rows, [out.float()], [_wide(out_bias)], residual=_wide(residual))
+    return made.to(x.dtype)
+
+
+def cache_block(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    eps: float,
+    projections: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    k_norm: torch.Tensor | None,
+    head_eps: float,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+) -> None:
+    """What :func:`attention_block` writes to the cache, alone: what is left of a skipped attention whose keys and
+    values later tokens attend to. ``projections`` make keys and values."""
+    _extend_cache(x, norm, eps, projections, biases, None, k_norm, head_eps, cos, sin, keys, values, position)
+
+
+def _extend_cache(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    eps: float,
+    projections: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    head_eps: float,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """Write keys and values of ``x``; its queries, fp32."""
+    tokens = x.shape[1]
     wide = skinny_linear(x.float(), [w.float() for w in projections], biases, _wide(norm), eps)
     q, k, v = split_heads(wide, keys, values)
     if q_norm is not None:
@@ -98,10 +147,7 @@ def attention_block(
     places = position + torch.arange(tokens) if position.dim() == 0 else position
     keys.index_copy_(2, places, k.to(keys.dtype))
     values.index_copy_(2, places, v.to(values.dtype))
-    mixed = attention_reference(q, keys, values, mask, live, causal, scale, softcap)
-    rows = mixed.transpose(1, 2).reshape(batch, tokens, -1)
-    made = skinny_linear(rows, [out.float()], [_wide(out_bias)], residual=_wide(residual))
-    return made.to(x.dtype)
+    return q
 
 
 def _wide(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -109,6 +155,7 @@ def _wide(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 library.impl("attention_block", attention_block, "CompositeExplicitAutograd")
+library.impl("cache_block", cache_block, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("skipc::attention_block")
@@ -117,5 +164,16 @@ def _(*args: torch.Tensor) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out.shape[0])
 
 
-# Kernels that are a whole sublayer each: a region of one such call needs no compiler.
-SUBLAYERS = frozenset([torch.ops.skipc.attention_block.default, torch.ops.skipc.gated_mlp.default])
+@torch.library.register_fake("skipc::cache_block")
+def _(*args: torch.Tensor) -> None:
+    return None
+
+
+# Kernels that are a whole sublayer each, or what is left of one: a region of one such call needs no compiler.
+SUBLAYERS = frozenset(
+    [
+        torch.ops.skipc.attention_block.default,
+        torch.ops.skipc.cache_block.default,
+        torch.ops.skipc.gated_mlp.default,
+    ]
+)

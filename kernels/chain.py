@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from skipc.kernels.library import library
 
-ATTENTION, MLP, COUNT = range(3)
+ATTENTION, MLP, COUNT, CACHE = range(4)
 ENTRY, NOTHING = -1, -2  # what a link reads or adds, where it is no other link's result
 
 library.define("chain(Tensor x, Tensor?[] tensors, int[] code, float[] numbers) -> Tensor")
@@ -54,6 +54,13 @@ class Links:
         self.numbers += [eps]
         return self._result()
 
+    def cache(self, x: int, arguments: Sequence[Any]) -> None:
+        """Append a ``cache_block``."""
+        _, norm, eps, weights, biases, k_norm, head_eps, cos, sin, keys, values, position = arguments
+        self.code += [CACHE, x, len(weights)]
+        self.tensors += [norm, *weights, *biases, k_norm, cos, sin, keys, values, position]
+        self.numbers += [eps, head_eps]
+
     def count(self, counter: Any, amount: int) -> None:
         """Append ``counter.add_(amount)``. No later link may read the counter."""
         self.code += [COUNT, amount]
@@ -84,6 +91,11 @@ def chain(
         if kind == COUNT:
             tensor().add_(whole())
             left -= 2
+        elif kind == CACHE:
+            source, parts, eps, head_eps = stream(), whole(), real(), real()
+            norm, weights, biases = tensor(), [tensor() for _ in range(parts)], [tensor() for _ in range(parts)]
+            ops.cache_block(source, norm, eps, weights, biases, tensor(), head_eps, *(tensor() for _ in range(5)))
+            left -= 3
         elif kind == ATTENTION:
             source, residual, parts, causal = stream(), stream(), whole(), bool(whole())
             eps, head_eps, scale, softcap = real(), real(), real(), real()

@@ -37,6 +37,8 @@ class LowerAttentionBlock(Pass):
 
         %y : f32[1, 1, 64] = skipc.attention_block(%x, %n, 1e-6, [%wq, %wk, %wv], ..., %keys, %values, %count, ..., %x)
 
+    What a skipped attention leaves, keys and values written to the cache, becomes a ``skipc.cache_block`` likewise.
+
     What lies between the kernels is recognised by what it computes, not by how it is written: it is evaluated on random
     fp64 numbers and compared with the kernel's definition. All operations let through are rational functions, for
     which agreement on random numbers proves equality but for an event of probability zero; casts are passed over.
@@ -50,7 +52,7 @@ class LowerAttentionBlock(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         target = torch.ops.skipc.decode_attention.default
         nodes = [n for n in gm.graph.nodes if n.target is target]
-        found = _read(gm.graph, nodes[0]) if len(nodes) == 1 else None
+        found = _read(gm.graph, nodes[0] if nodes else None) if len(nodes) <= 1 else None
         if found is None:
             return PassResult()
         _rewrite(gm.graph, found)
@@ -68,50 +70,68 @@ class _Block:
     sin: fx.Node | None
     position: fx.Node
     writes: tuple[fx.Node, fx.Node]  # of keys and values
-    attention: fx.Node
-    output: fx.Node
+    attention: fx.Node | None  # None, and no output: only the cache is written
+    output: fx.Node | None
     count: fx.Node | None  # the increment of the position
 
 
-def _read(graph: fx.Graph, attention: fx.Node) -> _Block | None:
-    flow = Dataflow(graph)
-    q, k, v = attention.args[:3]
-    output = _output_of(attention)
+def _read(graph: fx.Graph, attention: fx.Node | None) -> _Block | None:
     writes = [n for n in graph.nodes if op_name(n) == "index_copy_" and len(n.args) == 4 and n.args[1] in (2, -2)]
-    if output is None or len(writes) != 2 or not isinstance(q, fx.Node):
+    output = _output_of(attention) if attention is not None else None
+    if len(writes) != 2 or (attention is not None and output is None):
         return None
-    pair = [next((w for w in writes if cache in (w, w.args[0])), None) for cache in (k, v)]
-    if None in pair or pair[0] is pair[1]:
+    inside: set[fx.Node] = {*writes}
+    if attention is not None and output is not None:
+        read = [next((w for w in writes if a in (w, w.args[0])), None) for a in attention.args[1:3]]
+        pairs = [(read[0], read[1])]
+        inside |= {attention, output, *_between(output.args[0], attention)}  # type: ignore[arg-type]
+        queries = [attention.args[0]]
+    else:
+        pairs, queries = [(writes[0], writes[1]), (writes[1], writes[0])], []
+    for k, v in pairs:  # which is which, if nobody attends to them: by trying
+        if k is None or v is None or k is v or k.args[2] is not v.args[2]:
+            continue
+        found = _read_inputs(graph, [*queries, k.args[3], v.args[3]], (k, v), attention, output, set(inside))
+        if found is not None:
+            return found
+    return None
+
+
+def _read_inputs(
+    graph: fx.Graph,
+    inputs: list[Any],
+    writes: tuple[fx.Node, fx.Node],
+    attention: fx.Node | None,
+    output: fx.Node | None,
+    inside: set[fx.Node],
+) -> _Block | None:
+    flow = Dataflow(graph)
+    keys, values = (w.args[0] for w in writes)
+    if not isinstance(keys, fx.Node) or not isinstance(values, fx.Node):
         return None
-    keys, values = (w.args[0] for w in pair)  # type: ignore[union-attr]
-    inside: set[fx.Node] = {attention, output, *writes}
-    inputs = [q, pair[0].args[3], pair[1].args[3]]  # type: ignore[union-attr]
-    leaves = [_leaves(n, inside) for n in inputs]
-    if any(found is None for found in leaves):
-        return None
-    projection = next((n for n in leaves[2] or () if n.target is torch.ops.skipc.skinny_linear.default), None)
-    if projection is None or set(leaves[2] or ()) != {projection} or projection.args[5] is not None:
+    leaves = [_leaves(n, inside) if isinstance(n, fx.Node) else None for n in inputs]
+    projection = next((n for n in leaves[-1] or () if n.target is torch.ops.skipc.skinny_linear.default), None)
+    if any(found is None for found in leaves) or projection is None or projection.args[5] is not None:
         return None
     inside.add(projection)
-    position = _position(pair[0].args[2], tensor(q).shape[2], inside)  # type: ignore[union-attr]
-    if position is None or pair[0].args[2] is not pair[1].args[2]:  # type: ignore[union-attr]
+    x = tensor(projection.args[0])
+    if set(leaves[-1] or ()) != {projection} or x is None or x.dim() != 3:
         return None
-    if not _fits(projection, keys, values, position, q, output):
+    position = _position(writes[0].args[2], x.shape[1], inside)
+    if position is None or not _fits(projection, keys, values, position, inputs, output):
         return None
-    inside |= _between(output.args[0], attention)  # type: ignore[arg-type]
     rest = [n for n in graph.nodes if n.op not in ("placeholder", "output") and n not in inside]
     count = next((n for n in rest if op_name(n) == "add_" and n.args[0] is position and not n.users), None)
-    if any(n is not count for n in rest):
-        return None
-    if any(u not in inside for n in inside - {output} for u in n.users):
+    last = output if output is not None else writes[1]
+    if any(n is not count for n in rest) or any(u not in inside for n in inside - {last} for u in n.users):
         return None
     written = flow.written - flow.storages[keys] - flow.storages[values]
     written -= flow.storages[position] if count is not None else frozenset()
     if any(flow.storages[n] & written for n in graph.nodes if n.op == "placeholder"):
         return None
-    if flow.storages[keys] & flow.storages[values]:
+    if flow.storages[keys] & flow.storages[values] or (output is None and writes[1].users):
         return None
-    return _roles(inputs, leaves, projection, position, (pair[0], pair[1]), attention, output, count)  # type: ignore[arg-type]
+    return _roles(inputs, leaves, projection, position, writes, attention, output, count)  # type: ignore[arg-type]
 
 
 def _output_of(attention: fx.Node) -> fx.Node | None:
@@ -132,19 +152,27 @@ def _output_of(attention: fx.Node) -> fx.Node | None:
     return node if _equal(found, numbers[attention].transpose(1, 2).flatten(2)) else None
 
 
-def _fits(projection: fx.Node, keys: fx.Node, values: fx.Node, position: fx.Node, q: fx.Node, output: fx.Node) -> bool:
+def _fits(
+    projection: fx.Node,
+    keys: fx.Node,
+    values: fx.Node,
+    position: fx.Node,
+    inputs: list[fx.Node],
+    output: fx.Node | None,
+) -> bool:
     x, k, v, p = tensor(projection.args[0]), tensor(keys), tensor(values), tensor(position)
-    head, made = tensor(q), tensor(output)
-    if x is None or k is None or v is None or p is None or head is None or made is None or x.dim() != 3:
+    made = tensor(output) if output is not None else x
+    if x is None or k is None or v is None or p is None or made is None:
         return False
     batch, tokens, _ = x.shape
+    heads = [tensor(n) for n in inputs[:-1]]
     return (
         all(n.op == "placeholder" for n in (keys, values, position))
         and k.dtype == v.dtype == x.dtype == made.dtype
         and k.stride(3) == v.stride(3) == 1
         and k.shape[:3] == v.shape[:3]
+        and all(h is not None and (h.shape[0], *h.shape[2:]) == (batch, tokens, k.shape[3]) for h in heads)
         and k.shape[0] == batch
-        and (head.shape[0], head.shape[2], head.shape[3]) == (batch, tokens, k.shape[3])
         and made.dim() == 3
     )
 
@@ -173,70 +201,81 @@ def _roles(
     projection: fx.Node,
     position: fx.Node,
     writes: tuple[fx.Node, fx.Node],
-    attention: fx.Node,
-    output: fx.Node,
+    attention: fx.Node | None,
+    output: fx.Node | None,
     count: fx.Node | None,
 ) -> _Block | None:
-    """Find out which input is what, by trying."""
+    """Find out which input is what, by trying. ``inputs`` are what becomes queries (if there are any), keys, values."""
     tables = [n for n in leaves[0] if n is not projection and tensor(n).dim() == 3]  # type: ignore[union-attr]
-    norms = [[n for n in found if n is not projection and n not in tables] for found in leaves[:2]]
-    if set(tables) != {n for n in leaves[1] if n is not projection and n not in norms[1]} or len(tables) not in (0, 2):
+    norms = [[n for n in found if n is not projection and n not in tables] for found in leaves[:-1]]
+    if len(tables) not in (0, 2) or any(not set(tables) <= set(found) for found in leaves[:-1]):
         return None
-    dim = tensor(inputs[0]).shape[-1]  # type: ignore[union-attr]
+    keys, values, projected = tensor(writes[0].args[0]), tensor(writes[1].args[0]), tensor(projection)
+    assert keys is not None
+    assert values is not None
+    assert projected is not None
+    dim = keys.shape[-1]
+    given = {n: tensor(n) for n in (*tables, *(n for found in norms for n in found))}
+    if any(t is None or t.stride(-1) != 1 or t.dtype != projected.dtype for t in given.values()):
+        return None
     if any(len(found) > 1 or any(tuple(tensor(n).shape) != (dim,) for n in found) for found in norms):  # type: ignore[union-attr]
-        return None
-    x = tensor(projection)
-    given = {n: tensor(n) for n in (*tables, *norms[0], *norms[1])}
-    if any(t is None or t.stride(-1) != 1 or x is None or t.dtype != x.dtype for t in given.values()):
         return None
     numbers = _random([projection, *given])
     found = [_evaluate(n, numbers) for n in inputs]
     if any(f is None for f in found):
         return None
     widths = [tensor(w).shape[0] for w in projection.args[1]]  # type: ignore[union-attr]
+    rows = sum(widths) - keys.shape[1] * (dim + values.shape[-1])
+    if rows < 0 or rows % dim or (rows == 0) != (attention is None):
+        return None
     parts = numbers[projection].split(widths, -1)
-    keys, values = (tensor(w.args[0]) for w in writes)
-    assert keys is not None
-    assert values is not None
     weights = [n[0] if n else None for n in norms]
-    epsilons = _epsilons(inputs, projection) if any(norms) else [0.0]
+    epsilons = _epsilons(inputs) if any(norms) else [0.0]
+    pairs: list[tuple[Any, Any]] = list(itertools.permutations(tables)) if tables else [(None, None)]
     for order in itertools.permutations(range(len(widths))):
-        q, k, v = split_heads(torch.cat([parts[i] for i in order], -1), keys, values)
-        if q.shape != found[0].shape or k.shape != found[1].shape or not _equal(found[2], v):  # type: ignore[union-attr]
+        *heads, v = split_heads(torch.cat([parts[i] for i in order], -1), keys, values)
+        heads = heads[2 - len(norms) :]
+        if not _equal(found[-1], v) or heads[0].shape != found[0].shape:
             continue
-        for eps, (cos, sin) in itertools.product(
-            epsilons, itertools.permutations(tables) if tables else [(None, None)]
-        ):
-            heads = [
+        for eps, (cos, sin) in itertools.product(epsilons, pairs):
+            made = [
                 h if w is None else torch.rms_norm(h, (dim,), numbers[w], eps)
-                for h, w in zip((q, k), weights, strict=True)
+                for h, w in zip(heads, weights, strict=True)
             ]
             if cos is not None:
-                heads = [rotate(h, numbers[cos], numbers[sin]) for h in heads]
-            if all(_equal(a, b) for a, b in zip(found, heads, strict=False)):
+                made = [rotate(h, numbers[cos], numbers[sin]) for h in made]
+            if all(_equal(a, b) for a, b in zip(found[:-1], made, strict=True)):
+                q_norm, k_norm = [None, *weights][-2:]
                 return _Block(
-                    projection, list(order), *weights, eps, cos, sin, position, writes, attention, output, count
+                    projection, list(order), q_norm, k_norm, eps, cos, sin, position, writes, attention, output, count
                 )
     return None
 
 
 def _rewrite(graph: fx.Graph, block: _Block) -> None:
+    ops = torch.ops.skipc
     x, weights, biases, norm, eps, _ = block.projection.args
     weights, biases = ([list(given)[i] for i in block.order] for given in (weights, biases))  # type: ignore[arg-type]
-    _, _, _, mask, live, causal, scale, softcap = block.attention.args
     keys, values = (w.args[0] for w in block.writes)
-    _, (out,), (out_bias,), _, _, residual = block.output.args  # type: ignore[misc]
-    with graph.inserting_before(block.output):
-        made = graph.call_function(
-            torch.ops.skipc.attention_block.default,
-            (x, norm, eps, weights, biases, block.q_norm, block.k_norm, block.head_eps, block.cos, block.sin,
-             keys, values, block.position, mask, live, causal, scale, softcap, out, out_bias, residual),
-        )  # fmt: skip
-    made.meta = labels_of(block.attention)
+    source, cache = (x, norm, eps, weights, biases), (block.cos, block.sin, keys, values, block.position)
+    last = block.output if block.output is not None else next(iter(reversed(graph.nodes)))
+    with graph.inserting_before(last):
+        if block.attention is None or block.output is None:
+            made = graph.call_function(ops.cache_block.default, (*source, block.k_norm, block.head_eps, *cache))
+        else:
+            _, _, _, mask, live, causal, scale, softcap = block.attention.args
+            _, (out,), (out_bias,), _, _, residual = block.output.args  # type: ignore[misc]
+            made = graph.call_function(
+                ops.attention_block.default,
+                (*source, block.q_norm, block.k_norm, block.head_eps, *cache, mask, live, causal, scale, softcap,
+                 out, out_bias, residual),
+            )  # fmt: skip
+    made.meta = labels_of(block.writes[0])
     infer(made)
     if block.count is not None:
         made.append(block.count)  # the kernel reads the position where the output was computed
-    block.output.replace_all_uses_with(made)
+    if block.output is not None:
+        block.output.replace_all_uses_with(made)
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "call_method") and not node.users and node not in (made, block.count):
             graph.erase_node(node)
@@ -313,7 +352,7 @@ def _equal(a: Any, b: torch.Tensor) -> bool:
     return isinstance(a, torch.Tensor) and a.shape == b.shape and torch.allclose(a.double(), b.double(), 1e-10, 1e-10)
 
 
-def _epsilons(inputs: list[fx.Node], projection: fx.Node) -> list[float]:
+def _epsilons(inputs: list[fx.Node]) -> list[float]:
     """Small constants in the arithmetic of ``inputs``."""
     found: dict[float, None] = {}
     nodes: set[fx.Node] = set()

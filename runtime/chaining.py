@@ -117,23 +117,30 @@ class _Builder:
             self.links.count(counter, amount)
             self.counted.add(counter)
             return counter not in self.values
-        x, residual = arguments[0], arguments[-1]
+        x, residual = arguments[0], None if call.name == "cache_block" else arguments[-1]
         if self.entry is None:
             self.entry = x
             self.values[x] = ENTRY
         if x not in self.values or not (residual is None or residual in self.values):
             return False
         start = len(self.links.tensors)
-        add = self.links.attention if call.name == "attention_block" else self.links.mlp
-        result = add(self.values[x], NOTHING if residual is None else self.values[residual], arguments)
+        source, added = self.values[x], NOTHING if residual is None else self.values[residual]
+        result = None
+        if call.name == "cache_block":
+            self.links.cache(source, arguments)
+        elif call.name == "attention_block":
+            result = self.links.attention(source, added, arguments)
+        else:
+            result = self.links.mlp(source, added, arguments)
         operands = self.links.tensors[start:]
         if self.counted.intersection(operands) or any(o in self.values for o in operands if o is not None):
             return False
-        if call.name == "attention_block":
-            keys, values = arguments[10:12]
+        if call.name != "gated_mlp":
+            keys, values = arguments[10:12] if call.name == "attention_block" else arguments[9:11]
             self.written += [start + operands.index(keys), start + operands.index(values)]
-        (output,) = arm.outputs
-        self.values[output] = result
+        if result is not None:
+            (output,) = arm.outputs
+            self.values[output] = result
         return True
 
     def _ended(self, last: int) -> Chain | None:

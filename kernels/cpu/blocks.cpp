@@ -39,7 +39,8 @@ struct Rotary {
   }
 };
 
-// An attention sublayer: norm, projections, rotation, cache, attention, output, residual.
+// An attention sublayer: norm, projections, rotation, cache, attention, output, residual. Without `out`, it ends with the
+// cache, and the projections make no queries.
 template <typename T>
 struct AttentionBlock {
   int64_t B, Q, K, N;
@@ -56,10 +57,10 @@ struct AttentionBlock {
   AttentionBlock(int64_t B, int64_t Q, const Maybe& norm, double eps, const std::vector<Tensor>& projections,
                  const std::vector<Maybe>& biases, const Maybe& q_norm, const Maybe& k_norm, double head_eps,
                  const Maybe& cos, const Maybe& sin, const Tensor& keys, const Tensor& values, const Tensor& position,
-                 const Maybe& mask, const Maybe& live, bool causal, double scale, double softcap, const Tensor& out,
+                 const Maybe& mask, const Maybe& live, bool causal, double scale, double softcap, const Maybe& out,
                  const Maybe& out_bias)
-      : B(B), Q(Q), K(projections[0].size(1)), N(out.size(0)), norm(pointer<T>(norm)), q_norm(pointer<T>(q_norm)), k_norm(pointer<T>(k_norm)), eps(eps), head_eps(head_eps),
-        projections(parts_of<T>(projections, biases)), output(parts_of<T>({out}, {out_bias})),
+      : B(B), Q(Q), K(projections[0].size(1)), N(out.has_value() ? out->size(0) : 0), norm(pointer<T>(norm)), q_norm(pointer<T>(q_norm)), k_norm(pointer<T>(k_norm)), eps(eps), head_eps(head_eps),
+        projections(parts_of<T>(projections, biases)), output(out.has_value() ? parts_of<T>({*out}, {out_bias}) : std::vector<Part<T>>()),
         total(this->projections.back().first + this->projections.back().count), rotary(cos, sin),
         keys(keys), values(values), position((const int64_t*)position.const_data_ptr()), counter(position.dim() == 0),
         attention({B, (total - keys.size(1) * (keys.size(3) + values.size(3))) / keys.size(3), Q, keys.size(3),
@@ -117,6 +118,7 @@ struct AttentionBlock {
         for (int64_t d = 0; d < s.Dv; d++) narrow(from[d], to + d);
       }
     }
+    if (output.empty()) return;
     attention.run(queries, partial, [&](int64_t b, int64_t h, int64_t i, const float* from) {
       for (int64_t d = 0; d < s.Dv; d++)
         mixed[(b * Q + i) * width + spread_index<T>(h * s.Dv + d, width)] = from[d];
@@ -148,11 +150,28 @@ Tensor attention_block(const Tensor& x, const Maybe& norm, double eps, const std
   return made;
 }
 
+void cache_block(const Tensor& x, const Maybe& norm, double eps, const std::vector<Tensor>& projections,
+                 const std::vector<Maybe>& biases, const Maybe& k_norm, double head_eps, const Maybe& cos,
+                 const Maybe& sin, const Tensor& keys, const Tensor& values, const Tensor& position) {
+  STD_TORCH_CHECK(x.is_contiguous(), "cache_block: x must be contiguous");
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const AttentionBlock<T> block(x.size(0), x.size(1), norm, eps, projections, biases, {}, k_norm, head_eps, cos, sin,
+                                  keys, values, position, {}, {}, false, 0, 0, {}, {});
+    block.check();
+    const T* in = (const T*)x.const_data_ptr();
+    const std::unique_ptr<float[]> scratch(new float[block.scratch()]);
+#pragma omp parallel num_threads(threads_for(block.work()))
+    block.run(in, nullptr, nullptr, scratch.get());
+  };
+  x.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
+}
+
 // Sublayers one after the other in one parallel region: what lies between two calls is one meeting of the threads.
 // `code` holds for each link its kind, whose output it reads and adds (-1: x; -2: nothing), and its own numbers.
 template <typename T>
 struct Chain {
-  enum Kind { ATTENTION, MLP, COUNT };
+  enum Kind { ATTENTION, MLP, COUNT, CACHE };
   struct Link {
     const T *x, *residual;
     T* out;
@@ -187,22 +206,25 @@ struct Chain {
         return i == -2 ? nullptr : i == -1 ? (const T*)x.const_data_ptr() : outs[i];
       };
       link.x = stream(code[at++]);
-      link.residual = stream(code[at++]);
-      int64_t width;
-      if (kind == ATTENTION) {
+      if (kind != CACHE) link.residual = stream(code[at++]);
+      int64_t width = 0;
+      if (kind == ATTENTION || kind == CACHE) {
+        const bool whole = kind == ATTENTION;
         const int64_t parts = code[at++];
-        const bool causal = code[at++];
+        const bool causal = whole && code[at++];
         const Maybe& norm = *tensor++;
         std::vector<Tensor> weights;
         for (int64_t i = 0; i < parts; i++) weights.push_back(**tensor++);
         const std::vector<Maybe> biases(tensor, tensor + parts);
         tensor += parts;
-        link.attention.emplace(B, Q, norm, number[0], weights, biases, tensor[0], tensor[1], number[1], tensor[2],
-                               tensor[3], *tensor[4], *tensor[5], *tensor[6], tensor[7], tensor[8], causal, number[2],
-                               number[3], *tensor[9], tensor[10]);
+        const Maybe none, &q_norm = whole ? *tensor++ : none;
+        link.attention.emplace(B, Q, norm, number[0], weights, biases, q_norm, tensor[0], number[1], tensor[1],
+                               tensor[2], *tensor[3], *tensor[4], *tensor[5], whole ? tensor[6] : none,
+                               whole ? tensor[7] : none, causal, whole ? number[2] : 0, whole ? number[3] : 0,
+                               whole ? tensor[8] : none, whole ? tensor[9] : none);
         link.attention->check();
-        tensor += 11;
-        number += 4;
+        tensor += whole ? 10 : 6;
+        number += whole ? 4 : 2;
         width = link.attention->N;
         scratch = std::max(scratch, link.attention->scratch());
         work = std::max(work, link.attention->work());
@@ -213,6 +235,10 @@ struct Chain {
         width = link.mlp->N;
         scratch = std::max(scratch, link.mlp->scratch());
         work = std::max(work, link.mlp->work());
+      }
+      if (kind == CACHE) {
+        links.push_back(std::move(link));
+        continue;
       }
       streams.emplace_back(new T[R * width]);
       outs.push_back(link.out = streams.back().get());
@@ -281,6 +307,7 @@ Tensor call_chain(int64_t handle, const Tensor& x, const std::vector<Tensor>& ch
 
 STABLE_TORCH_LIBRARY_IMPL(skipc, CPU, m) {
   m.impl("attention_block", TORCH_BOX(&attention_block));
+  m.impl("cache_block", TORCH_BOX(&cache_block));
   m.impl("chain", TORCH_BOX(&chain));
   m.impl("bind_chain", TORCH_BOX(&bind_chain));
   m.impl("call_chain", TORCH_BOX(&call_chain));

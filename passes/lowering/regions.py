@@ -65,7 +65,8 @@ def kernel_calls(graph: fx.Graph) -> tuple[KernelCall, ...]:
         elif any(n not in places for n in node.all_input_nodes):
             return ()
         elif node.target in SUBLAYERS:
-            results.append(node)
+            if tensor(node) is not None:
+                results.append(node)
             calls.append(KernelCall(node.target._opname, _as_tuples(node.args, places)))
         elif op_name(node) == "add_" and isinstance(node.args[1], int) and not node.kwargs and not node.users:
             value = tensor(node.args[0])

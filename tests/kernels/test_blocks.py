@@ -158,15 +158,23 @@ def test_a_chain_has_the_bits_of_its_links(dtype: torch.dtype, batch: int, token
     links.count(counter, tokens)
     second = links.mlp(first, ENTRY, (None, a["norm"], 1e-5, gate, up, down, 0, None))
     links.attention(second, NOTHING, list(b.values()))
-    kept = [t.clone() for t in (a["keys"], b["keys"])]
+    c = case(batch, tokens, dtype)
+    c["keys"], c["values"] = a["keys"].flip(1).contiguous(), a["values"].flip(1).contiguous()
+    cached = [c[k] for k in ("x", "norm", "eps", "projections", "biases", "k_norm", "head_eps", "cos", "sin", "keys",
+                             "values", "position")]  # fmt: skip
+    cached[3:5] = c["projections"][1:], c["biases"][1:]
+    links.cache(first, cached)
+    kept = [t.clone() for t in (a["keys"], b["keys"], c["keys"])]
     expected = chain(x, links.tensors, links.code, links.numbers)
-    written = [t.clone() for t in (a["keys"], b["keys"])]
+    written = [t.clone() for t in (a["keys"], b["keys"], c["keys"])]
     assert counter.item() == 261 + tokens
     counter.fill_(261)
-    for cache, before in zip((a["keys"], b["keys"]), kept, strict=True):
+    for cache, before in zip((a["keys"], b["keys"], c["keys"]), kept, strict=True):
         cache.copy_(before)
     found = torch.ops.skipc.chain(x, links.tensors, links.code, links.numbers)
     assert torch.equal(found, expected)
     assert torch.equal(a["keys"], written[0])
     assert torch.equal(b["keys"], written[1])
+    assert torch.equal(c["keys"], written[2])
+    assert not torch.equal(c["keys"], kept[2])
     assert counter.item() == 261 + tokens
