@@ -74,8 +74,8 @@ class Links:
 def chain(
     x: torch.Tensor, tensors: Sequence[torch.Tensor | None], code: Sequence[int], numbers: Sequence[float]
 ) -> torch.Tensor:
-    """Run :class:`Links` on ``x``, ``[batch, tokens, width]``, and return the last result. Bit for bit what its kernels
-    give when called one by one."""
+    """Run :class:`Links` on ``x``, ``[..., width]`` (``[batch, tokens, width]`` for attention), and return the last
+    result. Bit for bit what its kernels give when called one by one."""
     ops = torch.ops.skipc
     tensor: Callable[[], Any] = iter(tensors).__next__
     whole, real = iter(code).__next__, iter(numbers).__next__

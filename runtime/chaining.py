@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,18 +41,26 @@ class Chain:
 
     def function(self) -> Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]:
         """The chain as a function of its entry and its operands, fixed and changing."""
-        bound: tuple[Sequence[torch.Tensor], BoundChain] | None = None
+        bound: tuple[weakref.ref[torch.Tensor], tuple[int, ...], BoundChain] | None = None
+        # What is bound is kept alive by it. So that it dies with the model, the first parameter is not bound, but
+        # handed over at each call, and its death ends the binding.
+        anchor, *kept = self.fixed
+        given = (anchor, *self.changing)
+
+        def end(_: object) -> None:
+            nonlocal bound
+            bound = None
 
         def call(x: torch.Tensor, fixed: Sequence[torch.Tensor], changing: Sequence[torch.Tensor]) -> torch.Tensor:
             nonlocal bound
-            now = bound
-            if now is None or not all(map(operator.is_, now[0], fixed)):  # another instance of the model, or edited
+            now, identities = bound, tuple(map(id, fixed))
+            if now is None or now[0]() is not fixed[0] or now[1] != identities:  # another instance, or it was edited
                 tensors: list[Any] = [None] * len(self.links.tensors)
-                for i, value in zip(self.fixed, fixed, strict=True):
+                for i, value in zip(kept, fixed[1:], strict=True):
                     tensors[i] = value
-                now = bound = fixed, BoundChain(self.links, tensors, self.changing)
+                now = bound = weakref.ref(fixed[0], end), identities, BoundChain(self.links, tensors, given)
             torch._C._increment_version([changing[i] for i in self.written])
-            return now[1](x, changing)
+            return now[2](x, (fixed[0], *changing))
 
         return call
 
@@ -159,5 +167,7 @@ class _Builder:
         for i, name in enumerate(links.tensors):
             if name is not None:
                 (fixed if name in self.parameters else changing).append(i)
+        if not fixed:
+            return None
         written = tuple(changing.index(i) for i in self.written)
         return Chain(self.first, last, self.entry, tuple(outputs), links, tuple(fixed), tuple(changing), written)

@@ -188,7 +188,7 @@ struct Chain {
   Chain(const Tensor& x, const std::vector<Maybe>& tensors, const std::vector<int64_t>& code,
         const std::vector<double>& numbers)
       : result(x) {
-    const int64_t B = x.size(0), Q = x.size(1), R = B * Q;
+    const int64_t R = rows_of(x), B = x.size(0), Q = R / B;  // Q counts for attention, whose x is [B, Q, K]
     auto tensor = tensors.begin();
     auto number = numbers.begin();
     std::vector<T*> outs;
@@ -269,7 +269,7 @@ struct Chain {
 
 Tensor run_chain(const Tensor& x, const std::vector<Maybe>& tensors, const std::vector<int64_t>& code,
                  const std::vector<double>& numbers) {
-  STD_TORCH_CHECK(x.is_contiguous() && x.dim() == 3, "chain: x must be contiguous [batch, tokens, width]");
+  STD_TORCH_CHECK(x.is_contiguous() && x.dim() >= 2, "chain: x must be contiguous, with two dimensions or more");
   const auto run = [&](auto zero) {
     Chain<decltype(zero)> chain(x, tensors, code, numbers);
     chain.run();

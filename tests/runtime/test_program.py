@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -115,3 +117,44 @@ def test_a_decode_step_is_one_chain_and_sees_new_weights(decoder: tuple[Any, Any
 def compiled_programs(model: Any) -> list[Any]:
     used = {id(p) for p in model.parameters()}
     return [p for p, parameters in sessions._programs.items() if parameters & used]
+
+
+class Rows(nn.Module):
+    """Gated MLPs on a stream without a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = (
+            nn.ModuleList(nn.Linear(a, b, bias=False) for _ in range(3)) for a, b in ((D, 24), (D, 24), (24, D))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for up, gate, down in zip(self.up, self.gate, self.down, strict=True):
+            x = x + down(nn.functional.silu(gate(x)) * up(x))
+        return x
+
+
+@pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("sizes", [(4, D), (2, 1, 3, D)])
+def test_chains_take_streams_of_any_rank(sizes: tuple[int, ...]) -> None:
+    model = Rows().eval()
+    compiled = skipc.compile(model, fullgraph=True, dynamic=False, **STRICT)
+    x = torch.randn(sizes)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), model(x))
+    assert any(chains_of(p.spec, p.exact) for p in compiled_programs(model))
+
+
+@pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
+def test_weights_die_with_their_model() -> None:
+    def run() -> list[Any]:
+        model = ZOO["llama"].build()
+        compiled = skipc.compile(model, fullgraph=True, **STRICT)
+        steps(model, compiled)
+        steps(model, compiled)
+        return [weakref.ref(p) for p in model.parameters()]
+
+    weights = run()
+    gc.collect()
+    assert not any(w() is not None for w in weights)
