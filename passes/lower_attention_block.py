@@ -11,7 +11,7 @@ from skipc.kernels.blocks import rotate, split_heads
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import infer, labels_of
-from skipc.passes.ops import VIEWS, op_name, tensor, written_arguments
+from skipc.passes.ops import VIEWS, op_name, same_sizes, tensor, written_arguments
 from torch import fx
 
 _CASTS = frozenset(["to", "float", "bfloat16", "type", "type_as"])
@@ -115,7 +115,7 @@ def _read_inputs(
         return None
     inside.add(projection)
     x = tensor(projection.args[0])
-    if set(leaves[-1] or ()) != {projection} or x is None or x.dim() != 3:
+    if set(leaves[-1] or ()) != {projection} or x is None or x.dim() != 3 or not _is_static(projection):
         return None
     position = _position(writes[0].args[2], x.shape[1], inside)
     if position is None or not _fits(projection, keys, values, position, inputs, output):
@@ -147,6 +147,8 @@ def _output_of(attention: fx.Node) -> fx.Node | None:
         return None
     if node.args[3] is not None:
         return None
+    if not _is_static(attention):
+        return None
     numbers = _random([attention])
     found = _evaluate(node.args[0], numbers)
     return node if _equal(found, numbers[attention].transpose(1, 2).flatten(2)) else None
@@ -166,11 +168,13 @@ def _fits(
         return False
     batch, tokens, _ = x.shape
     heads = [tensor(n) for n in inputs[:-1]]
+    sizes = (*x.shape, *k.shape[:2], k.shape[3], *v.shape[:2], v.shape[3], k.stride(3), v.stride(3))
     return (
-        all(n.op == "placeholder" for n in (keys, values, position))
+        all(isinstance(n, int) for n in sizes)  # the length of the cache may vary
+        and all(n.op == "placeholder" for n in (keys, values, position))
         and k.dtype == v.dtype == x.dtype == made.dtype
         and k.stride(3) == v.stride(3) == 1
-        and k.shape[:3] == v.shape[:3]
+        and same_sizes(k.shape[:3], v.shape[:3])
         and all(h is not None and (h.shape[0], *h.shape[2:]) == (batch, tokens, k.shape[3]) for h in heads)
         and k.shape[0] == batch
         and made.dim() == 3
@@ -186,7 +190,7 @@ def _position(places: Any, tokens: int, inside: set[fx.Node]) -> fx.Node | None:
         return None
     leaf = next(iter(leaves))
     value = tensor(leaf)
-    if value is None or value.dtype != torch.int64 or tuple(value.shape) not in ((), (tokens,)):
+    if value is None or not _is_static(leaf) or value.dtype != torch.int64 or tuple(value.shape) not in ((), (tokens,)):
         return None
     for first in (3, 11):
         given = first + (torch.arange(tokens) if value.dim() else torch.tensor(0))
@@ -220,6 +224,8 @@ def _roles(
         return None
     if any(len(found) > 1 or any(tuple(tensor(n).shape) != (dim,) for n in found) for found in norms):  # type: ignore[union-attr]
         return None
+    if not all(map(_is_static, given)):
+        return None
     numbers = _random([projection, *given])
     found = [_evaluate(n, numbers) for n in inputs]
     if any(f is None for f in found):
@@ -231,7 +237,7 @@ def _roles(
     parts = numbers[projection].split(widths, -1)
     weights = [n[0] if n else None for n in norms]
     epsilons = _epsilons(inputs) if any(norms) else [0.0]
-    pairs: list[tuple[Any, Any]] = list(itertools.permutations(tables)) if tables else [(None, None)]
+    pairs: list[Any] = list(itertools.permutations(tables)) if tables else [(None, None)]
     for order in itertools.permutations(range(len(widths))):
         *heads, v = split_heads(torch.cat([parts[i] for i in order], -1), keys, values)
         heads = heads[2 - len(norms) :]
@@ -264,7 +270,8 @@ def _rewrite(graph: fx.Graph, block: _Block) -> None:
             made = graph.call_function(ops.cache_block.default, (*source, block.k_norm, block.head_eps, *cache))
         else:
             _, _, _, mask, live, causal, scale, softcap = block.attention.args
-            _, (out,), (out_bias,), _, _, residual = block.output.args  # type: ignore[misc]
+            given: Any = block.output.args
+            _, (out,), (out_bias,), _, _, residual = given
             made = graph.call_function(
                 ops.attention_block.default,
                 (*source, block.q_norm, block.k_norm, block.head_eps, *cache, mask, live, causal, scale, softcap,
@@ -341,6 +348,11 @@ def _evaluate(node: Any, numbers: dict[fx.Node, torch.Tensor]) -> Any:
         return value(node)
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
         return None
+
+
+def _is_static(node: fx.Node) -> bool:
+    value = tensor(node)
+    return value is not None and all(isinstance(n, int) for n in value.shape)
 
 
 def _random(nodes: list[fx.Node]) -> dict[fx.Node, torch.Tensor]:

@@ -163,7 +163,8 @@ class _Builder:
             return None
         links = Links(list(self.links.tensors), list(self.links.code), list(self.links.numbers), self.links.results)
         assert self.entry is not None
-        fixed, changing = [], []
+        fixed: list[int] = []
+        changing: list[int] = []
         for i, name in enumerate(links.tensors):
             if name is not None:
                 (fixed if name in self.parameters else changing).append(i)

@@ -203,6 +203,7 @@ class TestManager:
             "lower_attention",
             "lower_gated_mlp",
             "lower_linears",
+            "lower_attention_block",
         ]
         assert len(explanation.sites) == 2  # sums in place stay hidden
 

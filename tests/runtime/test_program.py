@@ -58,14 +58,15 @@ def test_counters_run_last_unless_someone_reads_them(monkeypatch: Any, late_read
 
 @pytest.fixture(scope="module")
 def decoder() -> tuple[Any, Any, Any]:
+    torch._dynamo.reset()  # forget sizes that other tests made dynamic
     model = ZOO["llama"].build()
     return model, in_double(model, {})[0], skipc.compile(model, fullgraph=True, **STRICT)
 
 
-def steps(model: Any, call: Any, batch: int = 2, count: int = 4) -> torch.Tensor:
+def steps(model: Any, call: Any, batch: int = 2, count: int = 4, length: int = 16) -> torch.Tensor:
     """Logits of a prefill and of decode steps with a static cache: float [batch, 1 + count, vocabulary]."""
     tokens = torch.randint(3, 90, (batch, 6 + count), generator=torch.Generator().manual_seed(3))
-    cache = StaticCache(config=model.config, max_cache_len=16)
+    cache = StaticCache(config=model.config, max_cache_len=length)
     with torch.no_grad():
         logits = [call(input_ids=tokens[:, :6], past_key_values=cache).logits[:, -1]]
         for i in range(6, 6 + count):
@@ -115,8 +116,17 @@ def test_a_decode_step_is_one_chain_and_sees_new_weights(decoder: tuple[Any, Any
 
 
 def compiled_programs(model: Any) -> list[Any]:
-    used = {id(p) for p in model.parameters()}
-    return [p for p, parameters in sessions._programs.items() if parameters & used]
+    used = {id(p) for p in (*model.parameters(), *model.buffers())}
+    return [p for p, parameters in sessions._programs.items() if parameters <= used]
+
+
+@pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
+def test_caches_of_other_lengths(decoder: tuple[Any, Any, Any]) -> None:
+    model, double, compiled = decoder
+    for length in (16, 24, 40):  # the second makes the length dynamic
+        truth, eager = steps(double, double, length=length), steps(model, model, length=length)
+        for _ in range(2):
+            assert_no_further(truth, eager, steps(model, compiled, length=length))
 
 
 class Rows(nn.Module):
