@@ -12,7 +12,8 @@ from skipc.runtime.replay import Replay
 
 log = logging.getLogger("skipc")
 
-_BUCKET = 64  # cache lengths are rounded up to a multiple, so that requests of similar length share a compilation
+_SMALLEST = 256  # cache length
+_MAX_STATIC = 5  # kinds of decoders for which Dynamo compiles anew; it gives up on a model after 8 compilations
 
 OnToken = Callable[[torch.Tensor], Any]
 
@@ -32,6 +33,13 @@ class Decoder:
         # One eager token lets the cache take the shapes of any architecture, before anything is compiled.
         model(input_ids=self.token, past_key_values=self.cache)
         self.replay = Replay(self._step, lambda out: out.logits, model, [self.cache, *self.cache.layers])
+
+    def fix_sizes(self) -> None:
+        """Tell Dynamo to compile steps for just these sizes. Left alone it makes those variable that it saw change, and
+        the kernels for few rows, and for keys and values of one length, need to know them."""
+        caches = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
+        for t in (self.token, self.position, self.mask, *caches):
+            torch._dynamo.mark_static(t)
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Logits behind the prompt: float [batch, vocabulary]."""
@@ -113,8 +121,7 @@ def generate(
     batch, prompt = input_ids.shape
     if max_new_tokens == 0:
         return input_ids
-    length = -(-(prompt + max_new_tokens) // _BUCKET) * _BUCKET
-    decoder = _decoder(compiled, model, call, batch, length, attention_mask is not None)
+    decoder = _decoder(compiled, model, call, batch, prompt + max_new_tokens, attention_mask is not None)
     tokens = input_ids.new_full((batch, prompt + max_new_tokens), pad)
     tokens[:, :prompt] = input_ids
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
@@ -209,17 +216,33 @@ def _draw(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tens
 
 
 def _decoder(
-    compiled: Any, model: torch.nn.Module, call: Callable[..., Any], batch: int, length: int, padded: bool
+    compiled: Any, model: torch.nn.Module, call: Callable[..., Any], batch: int, tokens: int, padded: bool
 ) -> Decoder:
-    """The decoder that the last request left behind, if it fits; its cache is the largest thing here, so only one is
+    """The decoder that the last request left behind, if it is for as many rows and has room for ``tokens`` (a step
+    reads only what is in use, so a longer cache costs no time); its cache is the largest thing here, so only one is
     kept."""
-    last: Decoder | None = vars(compiled).get("_decoder")
-    if last is not None and (last.batch, last.length, last.padded) == (batch, length, padded) and last.model is model:
+    state = vars(compiled)
+    last: Decoder | None = state.get("_decoder")
+    same = last is not None and (last.batch, last.padded) == (batch, padded) and last.model is model
+    if last is not None and same and last.length >= tokens:
         return last
     object.__setattr__(compiled, "_decoder", None)
-    made = Decoder(model, call, batch, length, padded)
+    made = Decoder(model, call, batch, cache_length(tokens), padded)
+    kinds: set[tuple[int, int, bool]] = state.get("_decoder_kinds") or set()
+    kinds.add((batch, made.length, padded))
+    if len(kinds) <= _MAX_STATIC:
+        made.fix_sizes()
     object.__setattr__(compiled, "_decoder", made)
+    object.__setattr__(compiled, "_decoder_kinds", kinds)
     return made
+
+
+def cache_length(tokens: int) -> int:
+    """Room for ``tokens``, in steps of a half or a third of itself, so that requests share few compilations."""
+    length = _SMALLEST
+    while length < tokens:
+        length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
+    return length
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ class CompiledModel:
         self._hooks = self._hook_state()
         self._generator: torch.nn.Module | None = None
         self._decoder: Any = None  # what skipc.generate keeps from one request to the next
+        self._decoder_kinds: set[Any] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._check_hooks()

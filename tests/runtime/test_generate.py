@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from skipc.runtime import sessions
+from skipc.runtime.chaining import chains_of
+from skipc.runtime.generation import cache_length
 from transformers import StaticCache
 
 import skipc
@@ -39,6 +41,29 @@ def test_tokens_of_transformers_without_guards(llama: tuple[Any, Any]) -> None:
     before = sum(sessions._compiled.values())
     skipc.generate(compiled, prompt(length=11), max_new_tokens=20)
     assert sum(sessions._compiled.values()) == before, "a third prompt length compiled again"
+
+
+def test_other_sizes_keep_the_kernels(llama: tuple[Any, Any]) -> None:
+    """Dynamo makes variable what it sees change; steps must stay compiled for few rows and one cache length."""
+    model = llama[0]
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    for batch, new in ((1, 12), (3, 12), (1, 300), (2, 400)):
+        ids = prompt(batch)
+        expected = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert torch.equal(skipc.generate(compiled, ids, max_new_tokens=new, eos_token_id=None), expected)
+        decoder = compiled._decoder
+        assert decoder.length == cache_length(7 + new)
+        program = decoder.replay._last[0]
+        assert len(chains_of(program.spec, program.exact)) == 1
+    before = sum(sessions._compiled.values())
+    skipc.generate(compiled, prompt(2), max_new_tokens=10)
+    assert compiled._decoder is decoder, "a longer cache serves shorter requests"
+    assert sum(sessions._compiled.values()) == before
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(1, 256), (256, 256), (257, 384), (385, 512), (1025, 1536)])
+def test_cache_lengths(tokens: int, length: int) -> None:
+    assert cache_length(tokens) == length
 
 
 def test_left_padding(llama: tuple[Any, Any]) -> None:
