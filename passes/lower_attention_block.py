@@ -125,6 +125,10 @@ def _read_inputs(
     last = output if output is not None else writes[1]
     if any(n is not count for n in rest) or any(u not in inside for n in inside - {last} for u in n.users):
         return None
+    if attention is not None and any(flow.order[w] > flow.order[attention] for w in writes):
+        return None  # it attends to what was there before
+    if count is not None and any(flow.depends(w, count) for w in writes):
+        return None  # the places are those after counting
     written = flow.written - flow.storages[keys] - flow.storages[values]
     written -= flow.storages[position] if count is not None else frozenset()
     if any(flow.storages[n] & written for n in graph.nodes if n.op == "placeholder"):
@@ -190,7 +194,9 @@ def _position(places: Any, tokens: int, inside: set[fx.Node]) -> fx.Node | None:
         return None
     leaf = next(iter(leaves))
     value = tensor(leaf)
-    if value is None or not _is_static(leaf) or value.dtype != torch.int64 or tuple(value.shape) not in ((), (tokens,)):
+    if value is None or not _is_static(leaf) or not value.is_contiguous():
+        return None
+    if value.dtype != torch.int64 or tuple(value.shape) not in ((), (tokens,)):
         return None
     for first in (3, 11):
         given = first + (torch.arange(tokens) if value.dim() else torch.tensor(0))

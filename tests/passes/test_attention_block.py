@@ -79,15 +79,21 @@ class Sublayer(nn.Module):
             q, k = (t * cos + turned(t) * sin for t in (q, k))
         if form == "scaled keys":
             k = k * 2
+        if form == "counts first":
+            count.add_(x.shape[1])
         at = torch.arange(x.shape[1]) + count
         if form == "one place on":
             at = at + 1
-        count.add_(x.shape[1])
+        if form != "counts first":
+            count.add_(x.shape[1])
+        if form == "attends first":
+            mixed = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
         keys.index_copy_(2, at, k)
         values.index_copy_(2, at, v)
         if form == "cache alone":
             return ()
-        mixed = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+        if form != "attends first":
+            mixed = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
         if form == "heads side by side in another order":
             mixed = mixed.flip(1)
         out = self.o(mixed.transpose(1, 2).reshape(*x.shape[:2], -1))
@@ -126,6 +132,8 @@ OTHERS = [
     "keys not turned",
     "scaled keys",
     "one place on",
+    "counts first",
+    "attends first",
     "heads side by side in another order",
     "keys are read",
     "count is read",
