@@ -310,7 +310,7 @@ def _leaves(node: fx.Node, inside: set[fx.Node]) -> dict[fx.Node, None] | None:
         seen.add(n)
         if n.op == "placeholder" or n.target is torch.ops.skipc.skinny_linear.default:
             leaves[n] = None
-        elif _is_exact(n):
+        elif _is_exact(n, node):
             inside.add(n)
             stack += n.all_input_nodes
         else:
@@ -318,13 +318,17 @@ def _leaves(node: fx.Node, inside: set[fx.Node]) -> dict[fx.Node, None] | None:
     return leaves
 
 
-def _is_exact(node: fx.Node) -> bool:
+def _is_exact(node: fx.Node, result: fx.Node) -> bool:
+    """True for what may be passed over on the way to ``result``: exact operations, and casts that round no more than
+    its dtype does. (A cast to fewer bits is meant: quantised keys, say.)"""
     if node.op not in ("call_function", "call_method") or written_arguments(node):
         return False
-    if op_name(node) in _CASTS:
-        before, after = tensor(node.args[0]), tensor(node)
-        return before is not None and after is not None and before.is_floating_point() == after.is_floating_point()
-    return op_name(node) in _EXACT
+    if op_name(node) not in _CASTS:
+        return op_name(node) in _EXACT
+    before, after, last = tensor(node.args[0]), tensor(node), tensor(result)
+    if before is None or after is None or last is None or before.is_floating_point() != after.is_floating_point():
+        return False
+    return not after.is_floating_point() or torch.finfo(after.dtype).eps <= torch.finfo(last.dtype).eps
 
 
 def _between(node: fx.Node, start: fx.Node) -> set[fx.Node]:

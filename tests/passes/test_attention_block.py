@@ -77,6 +77,8 @@ class Sublayer(nn.Module):
             q = q * cos + turned(q) * sin
         elif form != "no rotation":
             q, k = (t * cos + turned(t) * sin for t in (q, k))
+        if form == "rounded keys":
+            k = k.to(torch.bfloat16).to(k.dtype)
         if form == "scaled keys":
             k = k * 2
         if form == "counts first":
@@ -131,6 +133,7 @@ OTHERS = [
     "turned the other way",
     "keys not turned",
     "scaled keys",
+    "rounded keys",
     "one place on",
     "counts first",
     "attends first",
