@@ -93,7 +93,10 @@ def attention_block(
         RuntimeError: for a position outside the cache (IndexError from the reference).
     """
     batch, tokens, _ = x.shape
-    q = _extend_cache(x, norm, eps, projections, biases, q_norm, k_norm, head_eps, cos, sin, keys, values, position)
+    projected = skinny_linear(x.float(), [w.float() for w in projections], biases, _wide(norm), eps)
+    q, k, v = split_heads(projected, keys, values)
+    _write(_turned(k, k_norm, head_eps, cos, sin), v, keys, values, position)
+    q = _turned(q, q_norm, head_eps, cos, sin)
     mixed = attention_reference(q, keys, values, mask, live, causal, scale, softcap)
     rows = mixed.transpose(1, 2).reshape(batch, tokens, -1)
     made = skinny_linear(rows, [out.float()], [_wide(out_bias)], residual=_wide(residual))
@@ -116,38 +119,23 @@ def cache_block(
 ) -> None:
     """What :func:`attention_block` writes to the cache, alone: what is left of a skipped attention whose keys and
     values later tokens attend to. ``projections`` make keys and values."""
-    _extend_cache(x, norm, eps, projections, biases, None, k_norm, head_eps, cos, sin, keys, values, position)
+    projected = skinny_linear(x.float(), [w.float() for w in projections], biases, _wide(norm), eps)
+    _, k, v = split_heads(projected, keys, values)
+    _write(_turned(k, k_norm, head_eps, cos, sin), v, keys, values, position)
 
 
-def _extend_cache(
-    x: torch.Tensor,
-    norm: torch.Tensor | None,
-    eps: float,
-    projections: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    head_eps: float,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    position: torch.Tensor,
+def _turned(
+    heads: torch.Tensor, norm: torch.Tensor | None, eps: float, cos: torch.Tensor | None, sin: torch.Tensor | None
 ) -> torch.Tensor:
-    """Write keys and values of ``x``; its queries, fp32."""
-    tokens = x.shape[1]
-    wide = skinny_linear(x.float(), [w.float() for w in projections], biases, _wide(norm), eps)
-    q, k, v = split_heads(wide, keys, values)
-    if q_norm is not None:
-        q = torch.rms_norm(q, q.shape[-1:], q_norm.float(), head_eps)
-    if k_norm is not None:
-        k = torch.rms_norm(k, k.shape[-1:], k_norm.float(), head_eps)
-    if cos is not None and sin is not None:
-        q, k = rotate(q, cos.float(), sin.float()), rotate(k, cos.float(), sin.float())
-    places = position + torch.arange(tokens) if position.dim() == 0 else position
+    if norm is not None:
+        heads = torch.rms_norm(heads, heads.shape[-1:], norm.float(), eps)
+    return heads if cos is None or sin is None else rotate(heads, cos.float(), sin.float())
+
+
+def _write(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
+    places = position + torch.arange(k.shape[2]) if position.dim() == 0 else position
     keys.index_copy_(2, places, k.to(keys.dtype))
     values.index_copy_(2, places, v.to(values.dtype))
-    return q
 
 
 def _wide(t: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,4 +1,5 @@
-"""The host program as readable Python: what ``skipc.explain`` prints is what runs."""
+"""The host program as readable Python: with all its branches, as ``skipc.explain`` prints it, and with the arms of one
+plan chosen, as it runs."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 from skipc.kernels.similarity import stream_similarity
 from skipc.runtime import sessions
 from skipc.runtime.chaining import chains_of
-from skipc.runtime.codegen import source_for, source_of
+from skipc.runtime.codegen import source_for
 from skipc.runtime.replay import note_call
 
 from skipc.ir.errors import PassError, PlanError
@@ -57,7 +57,6 @@ class Program:
         self.functions = tuple(functions)
         self.default_kv = default_kv
         self.partial = partial  # why this graph is not the whole model, if so
-        self.source = source_of(spec)
         self.exact: Arms = (0,) * len(spec.steps)
         self.site_names = frozenset(s.name for s in spec.sites)
         self._bound: dict[Arms, Callable[[Sequence[Any]], tuple[Any, ...]]] = {}
