@@ -50,7 +50,7 @@ def cell(dtype: str, batch: int, cache: int, live: int, threads: int, rounds: in
                 layer.values.normal_()
                 layer.cumulative_length.fill_(live)
             tokens = token[:, 0]
-            steps[name] = lambda decoder=decoder, tokens=tokens: decoder.decode(tokens)
+            steps[name] = lambda decoder=decoder, tokens=tokens: decoder.decode(tokens, watched=False)
         else:
             call, kv = peers(name, model), filled()
             steps[name] = lambda call=call, kv=kv: call(token, past_key_values=kv).logits

@@ -157,11 +157,12 @@ def _(*args: torch.Tensor) -> None:
     return None
 
 
-# Kernels that are a whole sublayer each, or what is left of one: a region of one such call needs no compiler.
+# Kernels that can be links of a chain: a region of one such call needs no compiler.
 SUBLAYERS = frozenset(
     [
         torch.ops.skipc.attention_block.default,
         torch.ops.skipc.cache_block.default,
         torch.ops.skipc.gated_mlp.default,
+        torch.ops.skipc.skinny_linear.default,
     ]
 )

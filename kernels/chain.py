@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from skipc.kernels.library import library
 
-ATTENTION, MLP, COUNT, CACHE = range(4)
+ATTENTION, MLP, COUNT, CACHE, LINEAR = range(5)
 ENTRY, NOTHING = -1, -2  # what a link reads or adds, where it is no other link's result
 
 library.define("chain(Tensor x, Tensor?[] tensors, int[] code, float[] numbers) -> Tensor")
@@ -51,6 +51,14 @@ class Links:
         _, norm, eps, gate, up, down, activation, _ = arguments
         self.code += [MLP, x, residual, activation]
         self.tensors += [norm, gate, up, down]
+        self.numbers += [eps]
+        return self._result()
+
+    def linear(self, x: int, residual: int, arguments: Sequence[Any]) -> int:
+        """Append a ``skinny_linear``."""
+        _, weights, biases, norm, eps, _ = arguments
+        self.code += [LINEAR, x, residual, len(weights)]
+        self.tensors += [norm, *weights, *biases]
         self.numbers += [eps]
         return self._result()
 
@@ -108,6 +116,11 @@ def chain(
                 )
             )  # fmt: skip
             left -= 5
+        elif kind == LINEAR:
+            source, residual, parts, norm = stream(), stream(), whole(), tensor()
+            weights, biases = [tensor() for _ in range(parts)], [tensor() for _ in range(parts)]
+            results.append(ops.skinny_linear(source, weights, biases, norm, real(), residual))
+            left -= 4
         else:
             source, residual, activation = stream(), stream(), whole()
             norm, gate, up, down = (tensor() for _ in range(4))

@@ -17,7 +17,7 @@ library.define(
     "skinny_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? norm, float eps, Tensor? residual) -> Tensor"
 )
 library.define(
-    "gated_mlp(Tensor x, Tensor? norm, float eps, Tensor gate, Tensor up, Tensor down, int activation, "
+    "gated_mlp(Tensor x, Tensor? norm, float eps, Tensor gate, Tensor? up, Tensor down, int activation, "
     "Tensor? residual) -> Tensor"
 )
 
@@ -58,7 +58,7 @@ def gated_mlp(
     norm: torch.Tensor | None,
     eps: float,
     gate: torch.Tensor,
-    up: torch.Tensor,
+    up: torch.Tensor | None,
     down: torch.Tensor,
     activation: int,
     residual: torch.Tensor | None,
@@ -67,13 +67,16 @@ def gated_mlp(
 
     Args:
         x, norm, eps, residual: as in :func:`skinny_linear`.
-        gate, up: ``[inner, k]``. down: ``[n, inner]``.
+        gate, up: ``[inner, k]``; or ``gate`` is both, one below the other, ``[2 * inner, k]``, and ``up`` is None.
+        down: ``[n, inner]``.
         activation: a value of :data:`ACTIVATIONS`.
 
     Returns:
         ``[..., n]``, computed in fp32 and rounded once.
     """
     rows = _normed(x, norm, eps)
+    if up is None:
+        gate, up = gate.chunk(2)
     gates = F.linear(rows, gate.float())
     acts = (F.silu(gates), F.gelu(gates, approximate="tanh"), F.relu(gates))
     out = F.linear(acts[activation] * F.linear(rows, up.float()), down.float())
@@ -85,26 +88,11 @@ library.impl("gated_mlp", gated_mlp, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("skipc::skinny_linear")
-def _(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    norm: torch.Tensor | None,
-    eps: float,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
+def _(x: torch.Tensor, weights: list[torch.Tensor], *_: object) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in weights))
 
 
 @torch.library.register_fake("skipc::gated_mlp")
-def _(
-    x: torch.Tensor,
-    norm: torch.Tensor | None,
-    eps: float,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    activation: int,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
+def _(*args: torch.Tensor) -> torch.Tensor:
+    x, down = args[0], args[5]
     return x.new_empty(*x.shape[:-1], down.shape[0])

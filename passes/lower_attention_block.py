@@ -10,15 +10,10 @@ import torch
 from skipc.kernels.blocks import rotate, split_heads
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
+from skipc.passes.evaluate import EXACT, evaluate, is_static, leaves_of, random_values, same_values
 from skipc.passes.fx_edit import infer, labels_of
-from skipc.passes.ops import VIEWS, op_name, same_sizes, tensor, written_arguments
+from skipc.passes.ops import op_name, same_sizes, tensor
 from torch import fx
-
-_CASTS = frozenset(["to", "float", "bfloat16", "type", "type_as"])
-# Rational functions and views: two of them that agree on random numbers are the same.
-_VIEWS = VIEWS | {"narrow", "transpose", "permute", "contiguous", "getitem", "expand", "chunk", "split"}
-_ARITHMETIC = frozenset(["mul", "__mul__", "add", "__add__", "sub", "neg", "__neg__", "pow", "square", "mean", "rsqrt"])
-_EXACT = _VIEWS | _ARITHMETIC | {"cat", "rms_norm", "arange"}
 
 
 class LowerAttentionBlock(Pass):
@@ -40,8 +35,7 @@ class LowerAttentionBlock(Pass):
     What a skipped attention leaves, keys and values written to the cache, becomes a ``skipc.cache_block`` likewise.
 
     What lies between the kernels is recognised by what it computes, not by how it is written: it is evaluated on random
-    fp64 numbers and compared with the kernel's definition. All operations let through are rational functions, for
-    which agreement on random numbers proves equality but for an event of probability zero; casts are passed over.
+    fp64 numbers and compared with the kernel's definition.
 
     Leaves alone: rotary embeddings of interleaved pairs, norms of the form ``1 + weight`` before or behind, caches that
     grow or slide, regions that do anything beside.
@@ -109,13 +103,13 @@ def _read_inputs(
     keys, values = (w.args[0] for w in writes)
     if not isinstance(keys, fx.Node) or not isinstance(values, fx.Node):
         return None
-    leaves = [_leaves(n, inside) if isinstance(n, fx.Node) else None for n in inputs]
+    leaves = [leaves_of(n, inside) if isinstance(n, fx.Node) else None for n in inputs]
     projection = next((n for n in leaves[-1] or () if n.target is torch.ops.skipc.skinny_linear.default), None)
     if any(found is None for found in leaves) or projection is None or projection.args[5] is not None:
         return None
     inside.add(projection)
     x = tensor(projection.args[0])
-    if set(leaves[-1] or ()) != {projection} or x is None or x.dim() != 3 or not _is_static(projection):
+    if set(leaves[-1] or ()) != {projection} or x is None or x.dim() != 3 or not is_static(projection):
         return None
     position = _position(writes[0].args[2], x.shape[1], inside)
     if position is None or not _fits(projection, keys, values, position, inputs, output):
@@ -145,17 +139,17 @@ def _output_of(attention: fx.Node) -> fx.Node | None:
         node = next(iter(node.users))
         if node.target is torch.ops.skipc.skinny_linear.default:
             break
-        if op_name(node) not in _EXACT:
+        if op_name(node) not in EXACT:
             return None
     if node.target is not torch.ops.skipc.skinny_linear.default or len(node.args[1]) != 1:  # type: ignore[arg-type]
         return None
     if node.args[3] is not None:
         return None
-    if not _is_static(attention):
+    if not is_static(attention):
         return None
-    numbers = _random([attention])
-    found = _evaluate(node.args[0], numbers)
-    return node if _equal(found, numbers[attention].transpose(1, 2).flatten(2)) else None
+    numbers = random_values([attention])
+    found = evaluate(node.args[0], numbers)
+    return node if same_values(found, numbers[attention].transpose(1, 2).flatten(2)) else None
 
 
 def _fits(
@@ -189,18 +183,18 @@ def _position(places: Any, tokens: int, inside: set[fx.Node]) -> fx.Node | None:
     """Where the tokens go: an input that names all places, or the first one."""
     if not isinstance(places, fx.Node):
         return None
-    leaves = _leaves(places, inside)
+    leaves = leaves_of(places, inside)
     if leaves is None or len(leaves) != 1:
         return None
     leaf = next(iter(leaves))
     value = tensor(leaf)
-    if value is None or not _is_static(leaf) or not value.is_contiguous():
+    if value is None or not is_static(leaf) or not value.is_contiguous():
         return None
     if value.dtype != torch.int64 or tuple(value.shape) not in ((), (tokens,)):
         return None
     for first in (3, 11):
         given = first + (torch.arange(tokens) if value.dim() else torch.tensor(0))
-        if not _equal(_evaluate(places, {leaf: given}), first + torch.arange(tokens)):
+        if not same_values(evaluate(places, {leaf: given}), first + torch.arange(tokens)):
             return None
     return leaf
 
@@ -230,10 +224,10 @@ def _roles(
         return None
     if any(len(found) > 1 or any(tuple(tensor(n).shape) != (dim,) for n in found) for found in norms):  # type: ignore[union-attr]
         return None
-    if not all(map(_is_static, given)):
+    if not all(map(is_static, given)):
         return None
-    numbers = _random([projection, *given])
-    found = [_evaluate(n, numbers) for n in inputs]
+    numbers = random_values([projection, *given])
+    found = [evaluate(n, numbers) for n in inputs]
     if any(f is None for f in found):
         return None
     widths = [tensor(w).shape[0] for w in projection.args[1]]  # type: ignore[union-attr]
@@ -247,7 +241,7 @@ def _roles(
     for order in itertools.permutations(range(len(widths))):
         *heads, v = split_heads(torch.cat([parts[i] for i in order], -1), keys, values)
         heads = heads[2 - len(norms) :]
-        if not _equal(found[-1], v) or heads[0].shape != found[0].shape:
+        if not same_values(found[-1], v) or heads[0].shape != found[0].shape:
             continue
         for eps, (cos, sin) in itertools.product(epsilons, pairs):
             made = [
@@ -256,7 +250,7 @@ def _roles(
             ]
             if cos is not None:
                 made = [rotate(h, numbers[cos], numbers[sin]) for h in made]
-            if all(_equal(a, b) for a, b in zip(found[:-1], made, strict=True)):
+            if all(same_values(a, b) for a, b in zip(found[:-1], made, strict=True)):
                 q_norm, k_norm = [None, *weights][-2:]
                 return _Block(
                     projection, list(order), q_norm, k_norm, eps, cos, sin, position, writes, attention, output, count
@@ -294,43 +288,6 @@ def _rewrite(graph: fx.Graph, block: _Block) -> None:
             graph.erase_node(node)
 
 
-# -- what a few nodes compute ------------------------------------------------------------------------------------------
-
-
-def _leaves(node: fx.Node, inside: set[fx.Node]) -> dict[fx.Node, None] | None:
-    """What ``node`` is computed from by exact operations, all of which are added to ``inside``; None if other
-    operations take part."""
-    leaves: dict[fx.Node, None] = {}
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        n = stack.pop()
-        if n in seen:
-            continue
-        seen.add(n)
-        if n.op == "placeholder" or n.target is torch.ops.skipc.skinny_linear.default:
-            leaves[n] = None
-        elif _is_exact(n, node):
-            inside.add(n)
-            stack += n.all_input_nodes
-        else:
-            return None
-    return leaves
-
-
-def _is_exact(node: fx.Node, result: fx.Node) -> bool:
-    """True for what may be passed over on the way to ``result``: exact operations, and casts that round no more than
-    its dtype does. (A cast to fewer bits is meant: quantised keys, say.)"""
-    if node.op not in ("call_function", "call_method") or written_arguments(node):
-        return False
-    if op_name(node) not in _CASTS:
-        return op_name(node) in _EXACT
-    before, after, last = tensor(node.args[0]), tensor(node), tensor(result)
-    if before is None or after is None or last is None or before.is_floating_point() != after.is_floating_point():
-        return False
-    return not after.is_floating_point() or torch.finfo(after.dtype).eps <= torch.finfo(last.dtype).eps
-
-
 def _between(node: fx.Node, start: fx.Node) -> set[fx.Node]:
     found = set()
     while node is not start:
@@ -339,47 +296,12 @@ def _between(node: fx.Node, start: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _evaluate(node: Any, numbers: dict[fx.Node, torch.Tensor]) -> Any:
-    """``node`` on the given values of its leaves, in fp64 all through; None if that fails."""
-    known: dict[fx.Node, Any] = dict(numbers)
-
-    def value(n: fx.Node) -> Any:
-        if n not in known:
-            args, kwargs = fx.map_arg((n.args, n.kwargs), value)  # type: ignore[arg-type]
-            if op_name(n) in _CASTS:
-                known[n] = args[0]
-            elif n.op == "call_method":
-                known[n] = getattr(args[0], str(n.target))(*args[1:], **kwargs)
-            else:
-                known[n] = n.target(*args, **kwargs)  # type: ignore[operator]
-        return known[n]
-
-    try:
-        return value(node)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
-        return None
-
-
-def _is_static(node: fx.Node) -> bool:
-    value = tensor(node)
-    return value is not None and all(isinstance(n, int) for n in value.shape)
-
-
-def _random(nodes: list[fx.Node]) -> dict[fx.Node, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {n: torch.randn(tensor(n).shape, dtype=torch.float64, generator=generator) for n in nodes}  # type: ignore[union-attr]
-
-
-def _equal(a: Any, b: torch.Tensor) -> bool:
-    return isinstance(a, torch.Tensor) and a.shape == b.shape and torch.allclose(a.double(), b.double(), 1e-10, 1e-10)
-
-
 def _epsilons(inputs: list[fx.Node]) -> list[float]:
     """Small constants in the arithmetic of ``inputs``."""
     found: dict[float, None] = {}
     nodes: set[fx.Node] = set()
     for node in inputs:
-        _leaves(node, nodes)
+        leaves_of(node, nodes)
     for node in nodes:
         for value in (*node.args, *node.kwargs.values()):
             if isinstance(value, float) and 0 < value < 0.1:

@@ -10,6 +10,7 @@ from skipc.kernels import native
 from skipc.kernels.linear import ACTIVATIONS
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
+from skipc.passes.evaluate import EXACT, evaluate, random_values, same_values
 from skipc.passes.fx_edit import erase_unused, infer, labels_of
 from skipc.passes.ops import argument, op_name
 from skipc.passes.skinny import bias_of, drop_copies, is_skinny, norm_before, sum_after
@@ -31,7 +32,9 @@ class LowerGatedMLP(Pass):
 
         %y : f32[1, 1, 64] = skipc.gated_mlp(%x, %n, 1e-5, %wg, %wu, %wd, 0, %x)
 
-    Leaves alone: what ``lower_linears`` leaves, biases, other activations, gates and values from one merged product.
+    One layer for both, whose result is split in halves (as in Phi-3), is read as it is: ``%up`` is then None.
+
+    Leaves alone: what ``lower_linears`` leaves, biases, other activations.
     """
 
     name = "lower_gated_mlp"
@@ -47,7 +50,8 @@ class LowerGatedMLP(Pass):
         for node in nodes:
             mlp = read_gated_mlp(node)  # again: the one before it may have become its input
             assert mlp is not None
-            if not any(flow.storages.get(n, frozenset()) & flow.written for n in (mlp.x, mlp.gate, mlp.up, mlp.down)):
+            read = (mlp.x, *mlp.weights)
+            if not any(flow.storages.get(n, frozenset()) & flow.written for n in read if n is not None):
                 self._rewrite(gm.graph, mlp, flow)
                 matched += 1
         return PassResult(matched, matched > 0)
@@ -59,7 +63,7 @@ class LowerGatedMLP(Pass):
         total = sum_after(mlp.result)
         last, residual = total if total is not None else (mlp.result, None)
         with graph.inserting_before(last):
-            arguments = (*source, mlp.gate, mlp.up, mlp.down, ACTIVATIONS[mlp.activation], residual)
+            arguments = (*source, *mlp.weights, ACTIVATIONS[mlp.activation], residual)
             made = graph.call_function(torch.ops.skipc.gated_mlp.default, arguments)
             made.meta = labels_of(mlp.result)
             infer(made)
@@ -70,12 +74,11 @@ class LowerGatedMLP(Pass):
 
 @dataclass
 class GatedMLP:
-    """A gated MLP: its input and the layers that read it, its weights, activation and result."""
+    """A gated MLP: its input and the layers that read it, its weights (gate, up, down; without up if the gate's holds
+    both), activation and result."""
 
     x: fx.Node
-    gate: fx.Node
-    up: fx.Node
-    down: fx.Node
+    weights: tuple[fx.Node, fx.Node | None, fx.Node]
     activation: str
     readers: list[fx.Node]
     result: fx.Node
@@ -90,15 +93,42 @@ def read_gated_mlp(node: Any) -> GatedMLP | None:
         return None
     for act, up in (product.args, product.args[::-1]):
         kind = _activation(act)
-        gate: Any = act.args[0] if kind is not None else None
-        if kind is None or not _plain(gate) or not _plain(up) or gate.args[0] is not up.args[0] or len(act.users) != 1:
+        if kind is None or len(act.users) != 1:
             continue
-        return GatedMLP(gate.args[0], gate.args[1], up.args[1], node.args[1], kind, [gate, up], node)
+        gate: Any = act.args[0]
+        if _plain(gate) and _plain(up) and gate.args[0] is up.args[0]:
+            return GatedMLP(gate.args[0], (gate.args[1], up.args[1], node.args[1]), kind, [gate, up], node)
+        both = _halved(gate, up)
+        if both is not None:
+            return GatedMLP(both.args[0], (both.args[1], None, node.args[1]), kind, [both], node)  # type: ignore[arg-type]
     return None
 
 
 def _plain(node: Any) -> bool:
     return is_skinny(node) and bias_of(node) is None and len(node.users) == 1
+
+
+def _halved(gate: Any, up: Any) -> Any:
+    """The layer whose result's first half is ``gate`` and whose second is ``up``."""
+    inside: set[fx.Node] = set()
+    both: Any = gate
+    while isinstance(both, fx.Node) and op_name(both) in EXACT and both.args:
+        both = both.args[0]
+    if not is_skinny(both) or bias_of(both) is not None or not isinstance(up, fx.Node):
+        return None
+    for half in (gate, up):
+        n = half
+        while n is not both:
+            inside.add(n)
+            if op_name(n) not in EXACT or len(n.all_input_nodes) != 1:
+                return None
+            (n,) = n.all_input_nodes
+    read_inside = (n.users for n in (inside | {both}) - {gate, up})
+    if any(len(n.users) != 1 for n in (gate, up)) or any(u not in inside for users in read_inside for u in users):
+        return None
+    numbers = random_values([both])
+    first, second = numbers[both].chunk(2, -1)
+    return both if same_values(evaluate(gate, numbers), first) and same_values(evaluate(up, numbers), second) else None
 
 
 def _activation(node: Any) -> str | None:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from skipc.passes.evaluate import is_idle_cast
 from skipc.passes.ops import op_name, tensor
 from torch import fx
 
 _PRODUCT = frozenset(["mul", "__mul__"])
 _SUM = frozenset(["add", "__add__"])
-_CAST = frozenset(["to", "float", "bfloat16", "type", "type_as"])
 
 
 @dataclass
@@ -31,7 +31,7 @@ def read_rms_norm(node: fx.Node) -> RMSNorm | None:
         return None
     for weight, scaled in (node.args, node.args[::-1]):
         if isinstance(weight, fx.Node) and isinstance(scaled, fx.Node) and _is_weight(weight):
-            found = _arithmetic(_through_casts(scaled))
+            found = _arithmetic(_through_casts(scaled, node), node)
             if found is not None and _fits(node, found[0], weight):
                 return RMSNorm(found[0], weight, found[1])
     return None
@@ -54,7 +54,7 @@ def _fused(node: Any) -> RMSNorm | None:
     return RMSNorm(x, weight, eps) if isinstance(eps, float) and _fits(node, x, weight) else None
 
 
-def _arithmetic(node: Any) -> tuple[fx.Node, float] | None:
+def _arithmetic(node: Any, result: fx.Node) -> tuple[fx.Node, float] | None:
     """``x * rsqrt(mean(x ** 2, -1, keepdim) + eps)``: x before any cast, and eps."""
     if op_name(node) not in _PRODUCT or len(node.args) != 2:
         return None
@@ -65,13 +65,13 @@ def _arithmetic(node: Any) -> tuple[fx.Node, float] | None:
         if op_name(total) not in _SUM or total.kwargs or not isinstance(total.args[1], float):
             continue
         mean, eps = total.args
-        if op_name(mean) != "mean" or not _over_last(mean):
+        if op_name(mean) != "mean" or not over_last(mean):
             continue
         square = mean.args[0]
         squared = op_name(square) in ("pow", "square") and (op_name(square) == "square" or square.args[1] in (2, 2.0))
         twice = op_name(square) in _PRODUCT and square.args[0] is square.args[1]
         if (squared or twice) and square.args[0] is wide and _wide(wide):
-            return _through_casts(wide), eps
+            return _through_casts(wide, result), eps
     return None
 
 
@@ -80,7 +80,8 @@ def _wide(node: Any) -> bool:
     return value is not None and value.dtype == torch.float32
 
 
-def _over_last(mean: Any) -> bool:
+def over_last(mean: Any) -> bool:
+    """True for a mean over the last axis that keeps it."""
     dim = mean.kwargs.get("dim", mean.args[1] if len(mean.args) > 1 else None)
     keep = mean.kwargs.get("keepdim", mean.args[2] if len(mean.args) > 2 else False)
     value = tensor(mean.args[0])
@@ -88,8 +89,8 @@ def _over_last(mean: Any) -> bool:
     return keep is True and dim in (-1, (-1,), [-1], rank - 1)
 
 
-def _through_casts(node: Any) -> Any:
-    while isinstance(node, fx.Node) and op_name(node) in _CAST and tensor(node) is not None:
+def _through_casts(node: Any, result: fx.Node) -> Any:
+    while isinstance(node, fx.Node) and is_idle_cast(node, result):
         node = node.args[0]
     return node
 

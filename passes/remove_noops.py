@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.ops import argument, is_random, op_name, same_sizes, switches_autocast_off, tensor
@@ -14,8 +16,8 @@ _DROPOUTS = frozenset(["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_
 
 
 class RemoveNoops(Pass):
-    """Drop dropout in evaluation mode, casts and copies that return their input, API-usage logging, and switches
-    of autocast and gradients that switch nothing.
+    """Drop dropout in evaluation mode, casts and copies that return their input, slices that take everything,
+    API-usage logging, and switches of autocast and gradients that switch nothing.
 
     Before::
 
@@ -62,7 +64,10 @@ class RemoveNoops(Pass):
             return None
         if name in _DROPOUTS:
             return None if is_random(node) or argument(node, "inplace") is True else source
-        if name not in _ALIAS_IF_SAME or node.kwargs.get("copy") or node.args[3:4] == (True,):
+        if _takes_slices(node):
+            if any(user.op == "output" for user in node.users):
+                return None  # the caller gets an object of its own
+        elif name not in _ALIAS_IF_SAME or node.kwargs.get("copy") or node.args[3:4] == (True,):
             return None
         before, after = tensor(source), tensor(node)
         if before is None or after is None:
@@ -75,6 +80,14 @@ class RemoveNoops(Pass):
             and before.untyped_storage()._cdata == after.untyped_storage()._cdata
         )
         return source if same else None
+
+
+def _takes_slices(node: fx.Node) -> bool:
+    """True for ``x[a:b, ...]``, which takes everything if it is as large as ``x``."""
+    if node.target is not operator.getitem:
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(i is Ellipsis or isinstance(i, slice) for i in index)
 
 
 def _disables(enter: object) -> bool:

@@ -12,6 +12,8 @@ from skipc.kernels.chain import ENTRY, NOTHING, BoundChain, Links
 
 from skipc.ir.program import Arm, Input, KernelCall, ProgramSpec, Var
 
+BoundCall = Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -38,6 +40,32 @@ class Chain:
     def operands(self, positions: Sequence[int]) -> list[str]:
         """The variables at some positions."""
         return [self.links.tensors[i] for i in positions]
+
+    def operands_in(self, names: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Positions of the operands among ``names``, and of the others."""
+        known, every = frozenset(names), sorted((*self.fixed, *self.changing))
+        inside = tuple(i for i in every if self.links.tensors[i] in known)
+        return inside, tuple(i for i in every if i not in inside)
+
+    def bind(self, names: Sequence[str]) -> Callable[[Sequence[torch.Tensor]], BoundCall]:
+        """For operands that stay, those among ``names``: the chain as a function of its entry and the others."""
+        inside, others = self.operands_in(names)
+        written = {self.changing[i] for i in self.written}
+        written_later = [i for i, at in enumerate(others) if at in written]
+
+        def bind(operands: Sequence[torch.Tensor]) -> BoundCall:
+            given: list[Any] = [None] * len(self.links.tensors)
+            for at, value in zip(inside, operands, strict=True):
+                given[at] = value
+            chain, touched = BoundChain(self.links, given, others), [given[at] for at in inside if at in written]
+
+            def call(x: torch.Tensor, changing: Sequence[torch.Tensor]) -> torch.Tensor:
+                torch._C._increment_version([*touched, *(changing[i] for i in written_later)])
+                return chain(x, changing)
+
+            return call
+
+        return bind
 
     def function(self) -> Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]:
         """The chain as a function of its entry and its operands, fixed and changing."""
@@ -138,12 +166,14 @@ class _Builder:
             self.links.cache(source, arguments)
         elif call.name == "attention_block":
             result = self.links.attention(source, added, arguments)
+        elif call.name == "skinny_linear":
+            result = self.links.linear(source, added, arguments)
         else:
             result = self.links.mlp(source, added, arguments)
         operands = self.links.tensors[start:]
         if self.counted.intersection(operands) or any(o in self.values for o in operands if o is not None):
             return False
-        if call.name != "gated_mlp":
+        if call.name in ("attention_block", "cache_block"):
             keys, values = arguments[10:12] if call.name == "attention_block" else arguments[9:11]
             self.written += [start + operands.index(keys), start + operands.index(values)]
         if result is not None:

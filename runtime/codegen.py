@@ -4,7 +4,7 @@ plan chosen, as it runs."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from skipc.runtime.chaining import Chain
 
@@ -26,7 +26,34 @@ def source_of(spec: ProgramSpec) -> str:
 def source_for(spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Chain]) -> str:
     """The same with the arms chosen, ``program(inputs)``, and steps joined to ``chains``, which are called by the names
     ``chain_0``, ``chain_1``, ... with what the first link reads, parameters, and other operands."""
-    lines = ["def program(inputs):", *_unpacked(spec)]
+
+    def call(k: int, chain: Chain) -> list[str]:
+        fixed, changing = ([f"{n}," for n in chain.operands(p)] for p in (chain.fixed, chain.changing))
+        return _wrapped(f"    joined = chain_{k}({chain.entry}, (", [*fixed, "),", "(", *changing], "))")
+
+    return "\n".join(["def program(inputs):", *_unpacked(spec), *_chosen(spec, arms, chains, call)]) + "\n"
+
+
+def bound_source_for(spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Chain]) -> str:
+    """The same for inputs that stay: ``bind(inputs)`` returns ``program()``. Its chains are made by ``bind_0``,
+    ``bind_1``, ... of operands that are inputs, and called with what the first link reads and the other operands."""
+    lines = ["def bind(inputs):", *_unpacked(spec)]
+    for k, chain in enumerate(chains):
+        stay, _ = chain.operands_in(spec.inputs)
+        lines += _wrapped(f"    chain_{k} = bind_{k}((", [f"{n}," for n in chain.operands(stay)], "))")
+
+    def call(k: int, chain: Chain) -> list[str]:
+        _, given = chain.operands_in(spec.inputs)
+        return _wrapped(f"    joined = chain_{k}({chain.entry}, (", [f"{n}," for n in chain.operands(given)], "))")
+
+    body = [f"    {line}" for line in _chosen(spec, arms, chains, call)]
+    return "\n".join([*lines, "    def program():", *body, "    return program"]) + "\n"
+
+
+def _chosen(
+    spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Chain], call: Callable[[int, Chain], list[str]]
+) -> list[str]:
+    lines: list[str] = []
     chosen = [step.arms[a] for step, a in zip(spec.steps, arms, strict=True)]
     starts = {chain.first: (k, chain) for k, chain in enumerate(chains)}
     late, made, i = False, set(), 0
@@ -34,8 +61,7 @@ def source_for(spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Chain]) 
         if i in starts:
             k, chain = starts[i]
             lines.append(f"    # {spec.steps[i].label} to {spec.steps[chain.last].label}")
-            fixed, changing = ([f"{n}," for n in chain.operands(p)] for p in (chain.fixed, chain.changing))
-            lines += _wrapped(f"    joined = chain_{k}({chain.entry}, (", [*fixed, "),", "(", *changing], "))")
+            lines += call(k, chain)
             lines += [f"    {name} = {'joined' if new else chain.entry}" for name, new in chain.outputs]
             made |= {name for name, _ in chain.outputs}
             done = range(i, chain.last + 1)
@@ -49,7 +75,7 @@ def source_for(spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Chain]) 
             done = range(i, i + 1)
         lines += _releases([n for j in done for n in spec.steps[j].releases if n in made])
         i = done.stop
-    return "\n".join([*lines, *_ending(spec, late)]) + "\n"
+    return lines + _ending(spec, late)
 
 
 def _unpacked(spec: ProgramSpec) -> list[str]:

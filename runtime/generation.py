@@ -55,11 +55,13 @@ class Decoder:
         out = self.call(input_ids=ids, past_key_values=self.cache, **extra, **self._last_only())
         return out.logits[:, -1]  # type: ignore[no-any-return]
 
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits behind ``tokens``, int64 [batch]: float [batch, vocabulary]."""
+    def decode(self, tokens: torch.Tensor, watched: bool = True) -> torch.Tensor:
+        """Logits behind ``tokens``, int64 [batch]: float [batch, vocabulary]. The model need not be ``watched`` for
+        edits where no code but this has run since the last token."""
         self.token.copy_(tokens[:, None])
-        self.position += 1
-        return self.replay.step()[:, -1]
+        if self.padded:
+            self.position += 1
+        return self.replay.step(watched)[:, -1]
 
     def _step(self) -> Any:
         extra = {"attention_mask": self.mask, "position_ids": self.position} if self.padded else {}
@@ -126,6 +128,7 @@ def generate(
     tokens[:, :prompt] = input_ids
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     logits = decoder.prefill(input_ids, attention_mask)
+    foreign = on_token is not None or bool(logits_processor)  # code that may edit the model between tokens
     count = 0
     with _bar(progress, max_new_tokens) as advance:
         while True:
@@ -140,7 +143,7 @@ def generate(
             stop = on_token(new) if on_token is not None else False
             if stop or count == max_new_tokens or (ends is not None and not running.any()):
                 break
-            logits = decoder.decode(new)
+            logits = decoder.decode(new, watched=foreign)
     if decoder.replay.refused:
         log.info("generate: guards are checked at each token: %s", decoder.replay.refused)
     return tokens[:, : prompt + count]

@@ -14,7 +14,7 @@ import torch
 from skipc.kernels.similarity import stream_similarity
 from skipc.runtime import sessions
 from skipc.runtime.chaining import chains_of
-from skipc.runtime.codegen import source_for
+from skipc.runtime.codegen import bound_source_for, source_for
 from skipc.runtime.replay import note_call
 
 from skipc.ir.errors import PassError, PlanError
@@ -60,27 +60,45 @@ class Program:
         self.exact: Arms = (0,) * len(spec.steps)
         self.site_names = frozenset(s.name for s in spec.sites)
         self._bound: dict[Arms, Callable[[Sequence[Any]], tuple[Any, ...]]] = {}
+        self._binders: dict[Arms, Callable[[Sequence[Any]], Callable[[], tuple[Any, ...]]]] = {}
         self._plans: dict[tuple[frozenset[str], KVPolicy], Arms] = {}
 
     def _bind(self, arms: Arms) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
         """The program with these arms, as Python code of its own."""
         chains = chains_of(self.spec, arms)
-        scope: dict[str, Any] = {r.name: f for r, f in zip(self.spec.regions, self.functions, strict=True)}
-        scope |= {f"chain_{k}": chain.function() for k, chain in enumerate(chains)}
+        scope = {f"chain_{k}": chain.function() for k, chain in enumerate(chains)}
+        made: Callable[[Sequence[Any]], tuple[Any, ...]] = self._executed(
+            source_for(self.spec, arms, chains), "program", scope
+        )
+        return made
+
+    def bound(self, arms: Arms, inputs: Sequence[Any]) -> Callable[[], tuple[Any, ...]]:
+        """The program with these arms on inputs that stay."""
+        if arms not in self._binders:
+            chains = chains_of(self.spec, arms)
+            scope = {f"bind_{k}": chain.bind(self.spec.inputs) for k, chain in enumerate(chains)}
+            _make_room(self._binders)
+            self._binders[arms] = self._executed(bound_source_for(self.spec, arms, chains), "bind", scope)
+        return self._binders[arms](inputs)
+
+    def _executed(self, source: str, function: str, scope: dict[str, Any]) -> Any:
+        scope |= {r.name: f for r, f in zip(self.spec.regions, self.functions, strict=True)}
         scope["constants"] = tuple(v for v in self.spec.outputs if not isinstance(v, Var))
-        source = source_for(self.spec, arms, chains)
         name = f"<skipc program {id(self):#x}.{next(_serial)}>"
         exec(compile(source, name, "exec"), scope)
-        program: Callable[[Sequence[Any]], tuple[Any, ...]] = scope["program"]
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-        weakref.finalize(program, linecache.cache.pop, name, None)
-        return program
+        weakref.finalize(scope[function], linecache.cache.pop, name, None)
+        return scope[function]
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         session = sessions.session_for(self.parameters_of(inputs)) if sessions.any_open() else None
         outputs = self.run(inputs, self.exact) if session is None else session.call(self, inputs)
         note_call(self, inputs, outputs)
         return outputs
+
+    def repeated(self, inputs: Sequence[Any]) -> Repeated:
+        """The program on inputs that stay."""
+        return Repeated(self, inputs)
 
     def parameters_of(self, inputs: Sequence[Any]) -> list[int]:
         """Identities of the parameters and buffers in a call: which instance of the model it is."""
@@ -91,14 +109,13 @@ class Program:
         program = self._bound.get(arms)
         if program is None:
             outputs, _, _ = self._walk(inputs, arms, keep_streams=False)  # looks at what each region is given
-            if len(self._bound) >= _MAX_BOUND:
-                self._bound.pop(next(iter(self._bound)))  # the oldest plan
+            _make_room(self._bound)
             self._bound[arms] = self._bind(arms)
         else:
             outputs = program(inputs)
-        return outputs if arms is self.exact else self._unshared(inputs, outputs)
+        return outputs if arms is self.exact else self.unshared(inputs, outputs)
 
-    def _unshared(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def unshared(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """A skipped site hands the same tensor on. Where the caller gets several points of a stream, or one that it
         passed in, each must be a tensor of its own, as without skipping."""
         if not self.spec.exposed:
@@ -119,8 +136,7 @@ class Program:
         """
         key = (skip, kv)
         if key not in self._plans:
-            if len(self._plans) >= _MAX_BOUND:
-                self._plans.clear()
+            _make_room(self._plans)
             arms = tuple(step.arm_for(skip, kv) for step in self.spec.steps)
             for step, arm in zip(self.spec.steps, arms, strict=True):
                 if step.arms[arm].refused:
@@ -145,7 +161,7 @@ class Program:
             for step, took, stream in zip(self.spec.steps, seconds, streams, strict=True)
             if step.sites
         ]
-        return (outputs if arms is self.exact else self._unshared(inputs, outputs)), measured
+        return (outputs if arms is self.exact else self.unshared(inputs, outputs)), measured
 
     def _walk(
         self, inputs: Sequence[Any], arms: Arms, keep_streams: bool
@@ -173,6 +189,36 @@ class Program:
             for name in step.releases:
                 scope.pop(name, None)
         return tuple(scope[v.name] if isinstance(v, Var) else v for v in self.spec.outputs), seconds, streams
+
+
+class Repeated:
+    """A program on inputs that stay, called again and again under the session in force at each call."""
+
+    def __init__(self, program: Program, inputs: Sequence[Any]):
+        self.program, self.inputs = program, inputs
+        self._parameters = program.parameters_of(inputs)
+        self._steps: dict[Arms, Callable[[], tuple[Any, ...]]] = {}
+
+    def __call__(self) -> tuple[Any, ...]:
+        session = sessions.session_for(self._parameters) if sessions.any_open() else None
+        if session is None:
+            return self._run(self.program.exact)
+        return session.call(self.program, self.inputs, self._run)
+
+    def _run(self, arms: Arms) -> tuple[Any, ...]:
+        program, step = self.program, self._steps.get(arms)
+        if step is None:
+            outputs = program.run(self.inputs, arms)  # the first call of a plan looks at what regions are given
+            _make_room(self._steps)
+            self._steps[arms] = program.bound(arms, self.inputs)
+            return outputs
+        outputs = step()
+        return outputs if arms is program.exact else program.unshared(self.inputs, outputs)
+
+
+def _make_room(kept: dict[Any, Any]) -> None:
+    if len(kept) >= _MAX_BOUND:
+        kept.pop(next(iter(kept)))  # the oldest plan
 
 
 def _check_layouts(step: Step, arm: Arm, arguments: Sequence[Any]) -> None:

@@ -88,24 +88,23 @@ class Replay:
         self._owners = [*owners, *model.modules()]
         self._watch: ModelWatch | None = None
         self._last: tuple[Any, tuple[Any, ...], int] | None = None
-        self._proven = False
+        self._repeated: Callable[[], tuple[Any, ...]] | None = None
         self.refused: str | None = None
         self.replayed = 0
 
-    def step(self) -> torch.Tensor:
-        """The next result."""
-        if self._proven and self._watch is not None and self._watch.changed():
+    def step(self, watched: bool = True) -> torch.Tensor:
+        """The next result. The model is not ``watched`` if nobody else can have run since the last step."""
+        if self._repeated is not None and watched and self._watch is not None and self._watch.changed():
             self.forget()
-        if not self._proven:
+        if self._repeated is None:
             return self._guarded()
         assert self._last is not None
-        program, inputs, index = self._last
         self.replayed += 1
-        return program(*inputs)[index]  # type: ignore[no-any-return]
+        return self._repeated()[self._last[2]]  # type: ignore[no-any-return]
 
     def forget(self) -> None:
         """Prove anew at the next two steps: something outside has run since."""
-        self._proven, self._last = False, None
+        self._repeated, self._last = None, None
 
     def _guarded(self) -> torch.Tensor:
         if self.refused:
@@ -117,7 +116,8 @@ class Replay:
         now, why = self._single(calls, result)
         if now is not None and self._last is not None and _same(now, self._last):
             if _plain_state(self._owners) == before:
-                self._proven = True
+                program, inputs, _ = now
+                self._repeated = program.repeated(inputs)
             else:
                 why = "the model or its cache counts steps in Python"
         elif now is not None and self._last is not None:

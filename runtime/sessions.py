@@ -137,8 +137,10 @@ class Session:
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def call(self, program: Program, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """Run ``program`` as this session asks."""
+    def call(
+        self, program: Program, inputs: Sequence[Any], run: Callable[[Any], tuple[Any, ...]] | None = None
+    ) -> tuple[Any, ...]:
+        """Run ``program`` as this session asks; by ``run``, which takes the arms, if that is given."""
         if program.partial and self.skip:
             raise FallbackError(f"a session cannot skip in a model with graph breaks: {program.partial}")
         if self.skip and program not in self._checked:
@@ -147,7 +149,7 @@ class Session:
         with self._lock:
             self._counts[program, arms] += 1
         if not self.measuring:
-            return program.run(inputs, arms)
+            return program.run(inputs, arms) if run is None else run(arms)
         outputs, measured = program.measure(inputs, arms)
         with self._lock:
             self._measured += measured

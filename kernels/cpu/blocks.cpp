@@ -1,5 +1,7 @@
 // Whole sublayers as one kernel each, and chains of them in one parallel region. Semantics: kernels/blocks.py.
 #include <memory>
+#include <mutex>
+#include <variant>
 
 #include "attention.h"
 #include "linear.h"
@@ -168,141 +170,183 @@ void cache_block(const Tensor& x, const Maybe& norm, double eps, const std::vect
 }
 
 // Sublayers one after the other in one parallel region: what lies between two calls is one meeting of the threads.
-// `code` holds for each link its kind, whose output it reads and adds (-1: x; -2: nothing), and its own numbers.
+// `code` holds for each link its kind, whose output it reads and adds (-1: the entry; -2: nothing), and its own numbers.
 template <typename T>
 struct Chain {
-  enum Kind { ATTENTION, MLP, COUNT, CACHE };
+  enum Kind { ATTENTION, MLP, COUNT, CACHE, LINEAR };
   struct Link {
-    const T *x, *residual;
-    T* out;
+    int64_t x = 0, residual = 0, out = 0;  // indices of streams
     std::optional<AttentionBlock<T>> attention;
     std::optional<GatedMLP<T>> mlp;
+    std::optional<Linears<T>> linear;
     int64_t* counter = nullptr;
     int64_t amount = 0;
   };
   std::vector<Link> links;
-  std::vector<std::unique_ptr<T[]>> streams;
-  int64_t scratch = 0, work = 0, result_width = 0;
-  Tensor result;
+  std::vector<std::unique_ptr<T[]>> results;
+  std::vector<T*> streams{nullptr};  // the entry, then the results, of which the last is the caller's
+  std::unique_ptr<float[]> scratch;
+  int64_t work = 0, width = 0;
 
   Chain(const Tensor& x, const std::vector<Maybe>& tensors, const std::vector<int64_t>& code,
-        const std::vector<double>& numbers)
-      : result(x) {
+        const std::vector<double>& numbers) {
     const int64_t R = rows_of(x), B = x.size(0), Q = R / B;  // Q counts for attention, whose x is [B, Q, K]
     auto tensor = tensors.begin();
     auto number = numbers.begin();
-    std::vector<T*> outs;
-    size_t last = 0;
-    for (size_t at = 0; at < code.size();) {
-      const int64_t kind = code[at++];
-      Link link{};
+    auto at = code.begin();
+    int64_t room = 0;
+    const auto several = [&](int64_t count) {
+      std::vector<Tensor> weights;
+      for (int64_t i = 0; i < count; i++) weights.push_back(**tensor++);
+      return weights;
+    };
+    const auto several_or_none = [&](int64_t count) {
+      tensor += count;
+      return std::vector<Maybe>(tensor - count, tensor);
+    };
+    const auto sized = [&](const auto& kernel) {
+      room = std::max(room, kernel.scratch());
+      work = std::max(work, kernel.work());
+      if (kernel.N) width = kernel.N;  // else it has no result
+    };
+    while (at != code.end()) {
+      const int64_t kind = *at++;
+      Link& link = links.emplace_back();
       if (kind == COUNT) {
         link.counter = (int64_t*)(*tensor++)->mutable_data_ptr();
-        link.amount = code[at++];
-        links.push_back(std::move(link));
+        link.amount = *at++;
         continue;
       }
-      const auto stream = [&](int64_t i) -> const T* {
-        return i == -2 ? nullptr : i == -1 ? (const T*)x.const_data_ptr() : outs[i];
-      };
-      link.x = stream(code[at++]);
-      if (kind != CACHE) link.residual = stream(code[at++]);
-      int64_t width = 0;
-      if (kind == ATTENTION || kind == CACHE) {
-        const bool whole = kind == ATTENTION;
-        const int64_t parts = code[at++];
-        const bool causal = whole && code[at++];
+      link.x = *at++ + 1;
+      link.residual = kind == CACHE ? -1 : *at++ + 1;
+      if (kind == MLP) {
+        link.mlp.emplace(R, tensor[0], number[0], *tensor[1], tensor[2], *tensor[3], *at++);
+        tensor += 4;
+        number += 1;
+        sized(*link.mlp);
+      } else if (kind == LINEAR) {
+        const int64_t parts = *at++;
         const Maybe& norm = *tensor++;
-        std::vector<Tensor> weights;
-        for (int64_t i = 0; i < parts; i++) weights.push_back(**tensor++);
-        const std::vector<Maybe> biases(tensor, tensor + parts);
-        tensor += parts;
+        const auto weights = several(parts);
+        link.linear.emplace(R, norm, *number++, weights, several_or_none(parts));
+        sized(*link.linear);
+      } else {
+        const bool whole = kind == ATTENTION;
+        const int64_t parts = *at++;
+        const bool causal = whole && *at++;
+        const Maybe& norm = *tensor++;
+        const auto weights = several(parts);
+        const auto biases = several_or_none(parts);
         const Maybe none, &q_norm = whole ? *tensor++ : none;
         link.attention.emplace(B, Q, norm, number[0], weights, biases, q_norm, tensor[0], number[1], tensor[1],
                                tensor[2], *tensor[3], *tensor[4], *tensor[5], whole ? tensor[6] : none,
                                whole ? tensor[7] : none, causal, whole ? number[2] : 0, whole ? number[3] : 0,
                                whole ? tensor[8] : none, whole ? tensor[9] : none);
-        link.attention->check();
         tensor += whole ? 10 : 6;
         number += whole ? 4 : 2;
-        width = link.attention->N;
-        scratch = std::max(scratch, link.attention->scratch());
-        work = std::max(work, link.attention->work());
-      } else {
-        link.mlp.emplace(R, tensor[0], number[0], *tensor[1], *tensor[2], *tensor[3], code[at++]);
-        tensor += 4;
-        number += 1;
-        width = link.mlp->N;
-        scratch = std::max(scratch, link.mlp->scratch());
-        work = std::max(work, link.mlp->work());
+        sized(*link.attention);
       }
-      if (kind == CACHE) {
-        links.push_back(std::move(link));
-        continue;
-      }
-      streams.emplace_back(new T[R * width]);
-      outs.push_back(link.out = streams.back().get());
-      last = links.size();
-      result_width = width;
-      links.push_back(std::move(link));
+      if (kind == CACHE) continue;
+      results.emplace_back(new T[R * width]);
+      link.out = streams.size();
+      streams.push_back(results.back().get());
     }
-    result = empty(sizes_like(x, result_width), x.scalar_type());
-    links[last].out = (T*)result.mutable_data_ptr();  // nobody in the chain reads the last one
+    scratch.reset(new float[room]);
   }
 
-  void run() {
-    const std::unique_ptr<float[]> shared(new float[scratch]);
+  Tensor run(const Tensor& x) {
+    Tensor result = empty(sizes_like(x, width), x.scalar_type());
+    streams.front() = (T*)x.const_data_ptr();
+    streams.back() = (T*)result.mutable_data_ptr();  // nobody in the chain reads the last one
+    for (const Link& link : links)
+      if (link.attention) link.attention->check();
 #pragma omp parallel num_threads(threads_for(work))
     for (const Link& link : links) {
       if (link.counter) {
         if (omp_get_thread_num() == 0) *link.counter += link.amount;
         continue;  // nothing later in the chain reads it
       }
+      const T *in = streams[link.x], *add = link.residual < 0 ? nullptr : streams[link.residual];
+      T* to = link.out ? streams[link.out] : nullptr;
       if (link.attention)
-        link.attention->run(link.x, link.residual, link.out, shared.get());
+        link.attention->run(in, add, to, scratch.get());
+      else if (link.mlp)
+        link.mlp->run(in, add, to, scratch.get());
       else
-        link.mlp->run(link.x, link.residual, link.out, shared.get());
+        link.linear->run(in, add, to, scratch.get());
 #pragma omp barrier
     }
+    return result;
   }
 };
 
-Tensor run_chain(const Tensor& x, const std::vector<Maybe>& tensors, const std::vector<int64_t>& code,
-                 const std::vector<double>& numbers) {
+void check_entry(const Tensor& x) {
   STD_TORCH_CHECK(x.is_contiguous() && x.dim() >= 2, "chain: x must be contiguous, with two dimensions or more");
-  const auto run = [&](auto zero) {
-    Chain<decltype(zero)> chain(x, tensors, code, numbers);
-    chain.run();
-    return chain.result;
-  };
-  return x.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
 }
 
 Tensor chain(const Tensor& x, const std::vector<Maybe>& tensors, std::vector<int64_t> code,
              std::vector<double> numbers) {
-  return run_chain(x, tensors, code, numbers);
+  check_entry(x);
+  if (x.scalar_type() == ScalarType::Float) return Chain<float>(x, tensors, code, numbers).run(x);
+  return Chain<bf16>(x, tensors, code, numbers).run(x);
 }
 
 // A chain with its weights in place, since handing over hundreds of tensors takes longer than a layer. What changes from
-// call to call is handed over at each call, and not kept.
+// call to call is handed over at each call, and not kept. What was read off the tensors is kept as long as it is true:
+// reading it anew means a thousand calls.
 struct Bound {
   std::vector<Maybe> tensors;
   std::vector<int64_t> changing, code;
   std::vector<double> numbers;
+  std::mutex mutex;
+  std::vector<int64_t> layout, seen;
+  std::variant<std::monostate, Chain<float>, Chain<bf16>> made;
+
+  Tensor call(const Tensor& x, const std::vector<Tensor>& given) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (size_t i = 0; i < given.size(); i++) tensors[changing[i]] = given[i];
+    seen = {int64_t(x.scalar_type()), x.dim()};
+    note_sizes(x);
+    for (const Maybe& t : tensors) {
+      if (!t.has_value()) continue;
+      seen.push_back((int64_t)t->const_data_ptr());
+      note_sizes(*t);
+    }
+    if (seen != layout) {
+      made = std::monostate();
+      layout.clear();
+      if (x.scalar_type() == ScalarType::Float)
+        made.emplace<Chain<float>>(x, tensors, code, numbers);
+      else
+        made.emplace<Chain<bf16>>(x, tensors, code, numbers);
+      layout = seen;
+    }
+    for (int64_t i : changing) tensors[i].reset();
+    return std::visit([&](auto& chain) { return run_made(chain, x); }, made);
+  }
+
+  void note_sizes(const Tensor& t) {
+    const auto sizes = t.sizes(), strides = t.strides();
+    seen.insert(seen.end(), sizes.begin(), sizes.end());
+    seen.insert(seen.end(), strides.begin(), strides.end());
+  }
+  static Tensor run_made(std::monostate&, const Tensor& x) { return x; }  // never: it was made above
+  template <typename T>
+  static Tensor run_made(Chain<T>& chain, const Tensor& x) {
+    return chain.run(x);
+  }
 };
 
 int64_t bind_chain(std::vector<Maybe> tensors, std::vector<int64_t> changing, std::vector<int64_t> code,
                    std::vector<double> numbers) {
-  return (int64_t) new Bound{std::move(tensors), std::move(changing), std::move(code), std::move(numbers)};
+  return (int64_t) new Bound{std::move(tensors), std::move(changing), std::move(code), std::move(numbers), {}, {}, {}, {}};
 }
 
 void free_chain(int64_t handle) { delete (Bound*)handle; }
 
 Tensor call_chain(int64_t handle, const Tensor& x, const std::vector<Tensor>& changing) {
-  const Bound& bound = *(const Bound*)handle;
-  std::vector<Maybe> tensors = bound.tensors;
-  for (size_t i = 0; i < changing.size(); i++) tensors[bound.changing[i]] = changing[i];
-  return run_chain(x, tensors, bound.code, bound.numbers);
+  check_entry(x);
+  return ((Bound*)handle)->call(x, changing);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skipc, CPU, m) {

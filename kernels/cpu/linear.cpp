@@ -8,24 +8,22 @@ Tensor skinny_linear(const Tensor& x, const std::vector<Tensor>& weights,
                      const std::optional<Tensor>& residual) {
   STD_TORCH_CHECK(x.is_contiguous(), "skinny_linear: x must be contiguous");
   STD_TORCH_CHECK(!residual.has_value() || residual->is_contiguous(), "skinny_linear: residual must be contiguous");
-  const int64_t R = rows_of(x), K = x.size(x.dim() - 1);
-  int64_t total = 0;
-  for (const Tensor& w : weights) total += w.size(0);
-  Tensor out = empty(sizes_like(x, total), x.scalar_type());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const auto parts = parts_of<T>(weights, biases);
-    const T *in = (const T*)x.const_data_ptr(), *scale = pointer<T>(norm), *add = pointer<T>(residual);
+    const Linears<T> layers(rows_of(x), norm, eps, weights, biases);
+    Tensor out = empty(sizes_like(x, layers.N), x.scalar_type());
+    const T *in = (const T*)x.const_data_ptr(), *add = pointer<T>(residual);
     T* to = (T*)out.mutable_data_ptr();
-#pragma omp parallel num_threads(threads_for(total * K))
-    linears<T>(prepare(in, R, K, scale, eps).data(), R, K, parts, add, to);
+#pragma omp parallel num_threads(threads_for(layers.work()))
+    layers.run(in, add, to, nullptr);
+    return out;
   };
-  x.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
-  return out;
+  return x.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
 }
 
-Tensor gated_mlp(const Tensor& x, const std::optional<Tensor>& norm, double eps, const Tensor& gate, const Tensor& up,
-                 const Tensor& down, int64_t activation, const std::optional<Tensor>& residual) {
+Tensor gated_mlp(const Tensor& x, const std::optional<Tensor>& norm, double eps, const Tensor& gate,
+                 const std::optional<Tensor>& up, const Tensor& down, int64_t activation,
+                 const std::optional<Tensor>& residual) {
   STD_TORCH_CHECK(x.is_contiguous(), "gated_mlp: x must be contiguous");
   STD_TORCH_CHECK(!residual.has_value() || residual->is_contiguous(), "gated_mlp: residual must be contiguous");
   Tensor out = empty(sizes_like(x, down.size(0)), x.scalar_type());

@@ -170,6 +170,29 @@ void linears(const float* x, int64_t R, int64_t K, const std::vector<Part<T>>& p
   }
 }
 
+// Linear layers that share an input, after an RMS norm if there is one.
+template <typename T>
+struct Linears {
+  int64_t R, K, N;
+  const T* norm;
+  double eps;
+  std::vector<Part<T>> parts;
+
+  Linears(int64_t rows, const std::optional<Tensor>& norm, double eps, const std::vector<Tensor>& weights,
+          const std::vector<std::optional<Tensor>>& biases)
+      : R(rows), K(weights[0].size(1)), norm(pointer<T>(norm)), eps(eps), parts(parts_of<T>(weights, biases)) {
+    N = parts.back().first + parts.back().count;
+  }
+
+  int64_t scratch() const { return 0; }
+  int64_t work() const { return N * K; }
+
+  // Called by every thread of a team. Ends without a barrier.
+  void run(const T* x, const T* residual, T* out, float*) const {
+    linears<T>(prepare(x, R, K, norm, eps).data(), R, K, parts, residual, out);
+  }
+};
+
 // Activations of gates, by number: see kernels/linear.py.
 inline vec activate(vec g, int64_t kind) {
   const vec one = vec{} + 1.0f;
@@ -193,12 +216,14 @@ struct GatedMLP {
   int64_t gate_row, up_row, down_row;
   double eps;
 
-  GatedMLP(int64_t rows, const std::optional<Tensor>& norm, double eps, const Tensor& gate, const Tensor& up,
-           const Tensor& down, int64_t activation)
-      : R(rows), K(gate.size(1)), inner(gate.size(0)), N(down.size(0)), activation(activation),
-        norm(pointer<T>(norm)), gate((const T*)gate.const_data_ptr()), up((const T*)up.const_data_ptr()),
-        down((const T*)down.const_data_ptr()), gate_row(gate.stride(0)), up_row(up.stride(0)),
-        down_row(down.stride(0)), eps(eps) {}
+  GatedMLP(int64_t rows, const std::optional<Tensor>& norm, double eps, const Tensor& gate,
+           const std::optional<Tensor>& up, const Tensor& down, int64_t activation)
+      : R(rows), K(gate.size(1)), inner(down.size(1)), N(down.size(0)), activation(activation),
+        norm(pointer<T>(norm)), gate((const T*)gate.const_data_ptr()), up(pointer<T>(up)),
+        down((const T*)down.const_data_ptr()), gate_row(gate.stride(0)), up_row(up ? up->stride(0) : gate_row),
+        down_row(down.stride(0)), eps(eps) {
+    if (!up) this->up = this->gate + inner * gate_row;  // one weight holds both
+  }
 
   int64_t scratch() const { return R * inner; }
   int64_t work() const { return inner * K; }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from skipc.kernels import native
 from skipc.kernels.blocks import attention_block
-from skipc.kernels.chain import ENTRY, NOTHING, Links, chain
+from skipc.kernels.chain import ENTRY, NOTHING, BoundChain, Links, chain
 from torch.nn import functional as F
 
 from tests.harness import assert_no_further
@@ -157,7 +157,9 @@ def test_a_chain_has_the_bits_of_its_links(dtype: torch.dtype, batch: int, token
     first = links.attention(ENTRY, ENTRY, list(a.values()))
     links.count(counter, tokens)
     second = links.mlp(first, ENTRY, (None, a["norm"], 1e-5, gate, up, down, 0, None))
-    links.attention(second, NOTHING, list(b.values()))
+    third = links.attention(second, NOTHING, list(b.values()))
+    fourth = links.mlp(third, third, (None, None, 0.0, torch.cat([gate, up]), None, down, 0, None))
+    links.linear(fourth, NOTHING, (None, [gate, up[:33]], [None, up[0, :33].contiguous()], a["norm"], 1e-5, None))
     c = case(batch, tokens, dtype)
     c["keys"], c["values"] = a["keys"].flip(1).contiguous(), a["values"].flip(1).contiguous()
     cached = [c[k] for k in ("x", "norm", "eps", "projections", "biases", "k_norm", "head_eps", "cos", "sin", "keys",
@@ -178,3 +180,43 @@ def test_a_chain_has_the_bits_of_its_links(dtype: torch.dtype, batch: int, token
     assert torch.equal(c["keys"], written[2])
     assert not torch.equal(c["keys"], kept[2])
     assert counter.item() == 261 + tokens
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bound_chain_sees_what_changes(dtype: torch.dtype) -> None:
+    """Contents, places in memory, sizes and the input may all change from call to call."""
+    generator = torch.Generator().manual_seed(2)
+    gate, up, down = (torch.randn(s, generator=generator).to(dtype) / 8 for s in ((90, 70), (90, 70), (70, 90)))
+    norm, head = torch.rand(70, generator=generator).to(dtype), torch.randn(33, 70, generator=generator).to(dtype)
+    links = Links()
+    links.linear(
+        links.mlp(ENTRY, ENTRY, (None, norm, 1e-5, gate, up, down, 0, None)),
+        NOTHING,
+        (None, [head], [None], None, 0.0, None),
+    )
+    bound = BoundChain(links, [None, *links.tensors[1:]], [0])
+
+    def check(x: torch.Tensor, norm: torch.Tensor) -> None:
+        expected = chain(x, [norm, *links.tensors[1:]], links.code, links.numbers)
+        torch.testing.assert_close(
+            bound(x, [norm]), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3
+        )
+        assert torch.equal(
+            bound(x, [norm]), torch.ops.skipc.chain(x, [norm, *links.tensors[1:]], links.code, links.numbers)
+        )
+
+    x = torch.randn(2, 1, 70, generator=generator).to(dtype)
+    check(x, norm)
+    check(x + 1, norm)
+    check(x, norm.clone() * 2)
+    check(torch.randn(3, 2, 70, generator=generator).to(dtype), norm)
+    up.mul_(2)
+    check(x, norm)
+    gate.data = gate.data.clone() * 2  # the same tensor in other memory
+    check(x, norm)
+    square = torch.randn(70, 70, generator=generator).to(dtype)
+    head.data = square  # and of another size
+    check(x, norm)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        bound(x.expand(2, 3, 70).transpose(0, 1), [norm])
+    check(x, norm)

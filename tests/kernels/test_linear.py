@@ -142,6 +142,9 @@ def test_gated_mlp(rows: int, width: int, inner: int, activation: str, fused: bo
     assert_no_further(exact, plain(*args), found)
     assert_no_further(exact, plain(*args), ours(gated_mlp))
     assert torch.equal(torch.cat([ours(torch.ops.skipc.gated_mlp, slice(i, i + 1)) for i in range(rows)]), found)
+    merged = (x, norm, 1e-5, torch.cat([gate, up]), None, down, ACTIVATIONS[activation], residual if fused else None)
+    assert torch.equal(torch.ops.skipc.gated_mlp(*merged), found)
+    assert torch.equal(gated_mlp(*merged), ours(gated_mlp))
     torch.library.opcheck(
         torch.ops.skipc.gated_mlp.default,
         (x, norm, 1e-5, gate, up, down, 0, residual),

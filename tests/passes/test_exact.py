@@ -264,6 +264,30 @@ class TestLowerGatedMLP:
 
         check_pass(LowerGatedMLP, Chain(), torch.randn(2, 16) * 0.1, matches=2, gone=["linear"])
 
+    @pytest.mark.parametrize("form", ["chunk", "split", "slices", "up first", "bias", "quarters", "halves read twice"])
+    def test_one_layer_for_both(self, form: str) -> None:
+        """Phi-3's form, and what must not be taken for it."""
+        both, down = nn.Linear(16, 80, bias=form == "bias"), nn.Linear(20 if form == "quarters" else 40, 16, bias=False)
+
+        def model(x: torch.Tensor) -> torch.Tensor:
+            made = both(x)
+            if form == "slices":
+                gate, up = made[..., :40], made[..., 40:]
+            elif form == "quarters":
+                gate, up = made[..., :20], made[..., 20:40]
+            elif form == "split":
+                gate, up = made.split([40, 40], dim=-1)
+            else:
+                gate, up = made.chunk(2, dim=-1)
+            if form == "up first":
+                gate, up = up, gate
+            y = down(up * F.silu(gate))
+            return y + made[..., :16] if form == "halves read twice" else y
+
+        matches = form in ("chunk", "split", "slices")
+        result = check_pass(LowerGatedMLP, model, torch.randn(2, 3, 16), matches=int(matches))
+        assert ops(result)["gated_mlp"] == matches
+
     @pytest.mark.parametrize("form", ["bias", "gelu", "gate read twice"])
     def test_leaves(self, form: str) -> None:
         check_pass(LowerGatedMLP, GatedBlock(form), torch.randn(2, 3, 16), matches=0, there=["linear"])
@@ -318,6 +342,7 @@ MODELS = {  # which passes must match in a decode step with a static cache
         "fold_grouped_queries": 2,
         "narrow_kv_cache": 2,
         "lower_linears": 1,
+        "lower_gated_mlp": 1,
         "lower_attention": 1,
         "lower_attention_block": 1,
     },

@@ -197,6 +197,8 @@ class TestManager:
         assert [p.name for p in explanation.graphs[0].passes] == [
             "decompose_fast_paths",
             "remove_noops",
+            "hoist_slices",
+            "share_common_values",
             "fold_grouped_queries",
             "narrow_kv_cache",
             "find_sites",
