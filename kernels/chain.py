@@ -14,8 +14,8 @@ ATTENTION, MLP, COUNT, CACHE, LINEAR = range(5)
 ENTRY, NOTHING = -1, -2  # what a link reads or adds, where it is no other link's result
 
 library.define("chain(Tensor x, Tensor?[] tensors, int[] code, float[] numbers) -> Tensor")
-library.define("bind_chain(Tensor?[] tensors, int[] changing, int[] code, float[] numbers) -> int")
-library.define("call_chain(int handle, Tensor x, Tensor[] changing) -> Tensor")
+library.define("bind_chain(Tensor?[] tensors, int[] changing, int[] given, int[] code, float[] numbers) -> int")
+library.define("call_chain(int handle, Tensor x, Tensor[] given, bool trusted) -> Tensor")
 library.define("free_chain(int handle) -> ()")
 
 
@@ -137,16 +137,19 @@ class BoundChain:
 
     Args:
         links: the chain.
-        fixed: its operands, with None at ``changing``; kept alive.
-        changing: positions of the operands that are given at each call, and not kept.
+        fixed: its operands, with None for those that are given at each call, and not kept; the others are kept alive.
+        given: for each tensor of a call, the positions it takes.
     """
 
-    def __init__(self, links: Links, fixed: Sequence[torch.Tensor | None], changing: Sequence[int]):
+    def __init__(self, links: Links, fixed: Sequence[torch.Tensor | None], given: Sequence[Sequence[int]]):
         ops = torch.ops.skipc
-        self._handle: int = ops.bind_chain(fixed, changing, links.code, links.numbers)
+        positions = [(at, i) for i, places in enumerate(given) for at in places]
+        changing, sources = ([p[k] for p in positions] for k in (0, 1))
+        self._handle: int = ops.bind_chain(fixed, changing, sources, links.code, links.numbers)
         self._call = ops.call_chain.default
         weakref.finalize(self, ops.free_chain, self._handle)
 
-    def __call__(self, x: torch.Tensor, changing: Sequence[torch.Tensor]) -> torch.Tensor:
-        """:func:`chain` on ``x``."""
-        return self._call(self._handle, x, changing)  # type: ignore[no-any-return]
+    def __call__(self, x: torch.Tensor, given: Sequence[torch.Tensor], trusted: bool = False) -> torch.Tensor:
+        """:func:`chain` on ``x``. ``trusted``: nobody can have moved or resized the fixed operands since the last call.
+        (Looking at them takes longer than a small layer.)"""
+        return self._call(self._handle, x, given, trusted)  # type: ignore[no-any-return]

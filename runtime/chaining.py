@@ -5,14 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from skipc.kernels.chain import ENTRY, NOTHING, BoundChain, Links
 
 from skipc.ir.program import Arm, Input, KernelCall, ProgramSpec, Var
 
-BoundCall = Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
+BoundCall = Callable[[torch.Tensor, Sequence[torch.Tensor], bool], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,11 @@ class Chain:
 
     Attributes:
         entry: variable that the first link reads.
-        result: index of the last result in ``links``.
         outputs: variables that later steps read: (variable, True if it takes the result, False if the entry).
-        fixed: positions of ``links.tensors`` (variables, here) that are parameters of the model.
-        changing: positions of the other operands.
-        written: which of ``changing`` are written.
+        links: the chain, with variables for tensors.
+        parameters: its operands that are parameters of the model (and buffers, if it does not write them).
+        others: its other operands.
+        written: those that it writes.
     """
 
     first: int
@@ -33,64 +32,61 @@ class Chain:
     entry: str
     outputs: tuple[tuple[str, bool], ...]
     links: Links
-    fixed: tuple[int, ...]
-    changing: tuple[int, ...]
-    written: tuple[int, ...]
+    parameters: tuple[str, ...]
+    others: tuple[str, ...]
+    written: tuple[str, ...]
 
-    def operands(self, positions: Sequence[int]) -> list[str]:
-        """The variables at some positions."""
-        return [self.links.tensors[i] for i in positions]
-
-    def operands_in(self, names: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Positions of the operands among ``names``, and of the others."""
-        known, every = frozenset(names), sorted((*self.fixed, *self.changing))
-        inside = tuple(i for i in every if self.links.tensors[i] in known)
-        return inside, tuple(i for i in every if i not in inside)
+    def operands_in(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The operands among ``names``, and the others."""
+        known, every = frozenset(names), (*self.parameters, *self.others)
+        return tuple(n for n in every if n in known), tuple(n for n in every if n not in known)
 
     def bind(self, names: Sequence[str]) -> Callable[[Sequence[torch.Tensor]], BoundCall]:
-        """For operands that stay, those among ``names``: the chain as a function of its entry and the others."""
-        inside, others = self.operands_in(names)
-        written = {self.changing[i] for i in self.written}
-        written_later = [i for i, at in enumerate(others) if at in written]
+        """For operands that stay, those among ``names``: the chain as a function of its entry and the others, and of
+        whether it is trusted (see :class:`BoundChain`)."""
+        stay, others = self.operands_in(names)
+        later = [i for i, name in enumerate(others) if name in self.written]
 
         def bind(operands: Sequence[torch.Tensor]) -> BoundCall:
-            given: list[Any] = [None] * len(self.links.tensors)
-            for at, value in zip(inside, operands, strict=True):
-                given[at] = value
-            chain, touched = BoundChain(self.links, given, others), [given[at] for at in inside if at in written]
+            values = dict(zip(stay, operands, strict=True))
+            chain = self._bound(values, others)
+            touched = [values[name] for name in self.written if name in values]
 
-            def call(x: torch.Tensor, changing: Sequence[torch.Tensor]) -> torch.Tensor:
-                torch._C._increment_version([*touched, *(changing[i] for i in written_later)])
-                return chain(x, changing)
+            def call(x: torch.Tensor, given: Sequence[torch.Tensor], trusted: bool) -> torch.Tensor:
+                torch._C._increment_version([*touched, *(given[i] for i in later)])
+                return chain(x, given, trusted)
 
             return call
 
         return bind
 
     def function(self) -> Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]:
-        """The chain as a function of its entry and its operands, fixed and changing."""
+        """The chain as a function of its entry, its parameters and its other operands."""
         bound: tuple[weakref.ref[torch.Tensor], tuple[int, ...], BoundChain] | None = None
         # What is bound is kept alive by it. So that it dies with the model, the first parameter is not bound, but
         # handed over at each call, and its death ends the binding.
-        anchor, *kept = self.fixed
-        given = (anchor, *self.changing)
+        anchor, *kept = self.parameters
+        written = [self.others.index(name) for name in self.written]
 
         def end(_: object) -> None:
             nonlocal bound
             bound = None
 
-        def call(x: torch.Tensor, fixed: Sequence[torch.Tensor], changing: Sequence[torch.Tensor]) -> torch.Tensor:
+        def call(x: torch.Tensor, parameters: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
             nonlocal bound
-            now, identities = bound, tuple(map(id, fixed))
-            if now is None or now[0]() is not fixed[0] or now[1] != identities:  # another instance, or it was edited
-                tensors: list[Any] = [None] * len(self.links.tensors)
-                for i, value in zip(kept, fixed[1:], strict=True):
-                    tensors[i] = value
-                now = bound = weakref.ref(fixed[0], end), identities, BoundChain(self.links, tensors, given)
-            torch._C._increment_version([changing[i] for i in self.written])
-            return now[2](x, (fixed[0], *changing))
+            now, identities = bound, tuple(map(id, parameters))
+            if now is None or now[0]() is not parameters[0] or now[1] != identities:  # another instance, or edited
+                chain = self._bound(dict(zip(kept, parameters[1:], strict=True)), (anchor, *self.others))
+                now = bound = weakref.ref(parameters[0], end), identities, chain
+            torch._C._increment_version([others[i] for i in written])
+            return now[2](x, (parameters[0], *others))
 
         return call
+
+    def _bound(self, values: dict[str, torch.Tensor], given: Sequence[str]) -> BoundChain:
+        tensors = self.links.tensors
+        places = [[i for i, operand in enumerate(tensors) if operand == name] for name in given]
+        return BoundChain(self.links, [values.get(name) for name in tensors], places)
 
 
 def chains_of(spec: ProgramSpec, arms: Sequence[int]) -> list[Chain]:
@@ -118,7 +114,7 @@ class _Builder:
         self.entry: str | None = None
         self.values: dict[str, int] = {}  # variables made in the chain: a result, or the entry
         self.counted: set[str] = set()
-        self.written: list[int] = []
+        self.written: dict[str, None] = {}
 
     def longest(self) -> Chain | None:
         best = None
@@ -149,7 +145,7 @@ class _Builder:
         arguments: tuple = tuple(map(named, call.arguments))  # type: ignore[type-arg]
         if call.name == "count":
             counter, amount = arguments
-            self.written.append(len(self.links.tensors))
+            self.written[counter] = None
             self.links.count(counter, amount)
             self.counted.add(counter)
             return counter not in self.values
@@ -175,7 +171,7 @@ class _Builder:
             return False
         if call.name in ("attention_block", "cache_block"):
             keys, values = arguments[10:12] if call.name == "attention_block" else arguments[9:11]
-            self.written += [start + operands.index(keys), start + operands.index(values)]
+            self.written |= {keys: None, values: None}
         if result is not None:
             (output,) = arm.outputs
             self.values[output] = result
@@ -193,12 +189,10 @@ class _Builder:
             return None
         links = Links(list(self.links.tensors), list(self.links.code), list(self.links.numbers), self.links.results)
         assert self.entry is not None
-        fixed: list[int] = []
-        changing: list[int] = []
-        for i, name in enumerate(links.tensors):
-            if name is not None:
-                (fixed if name in self.parameters else changing).append(i)
-        if not fixed:
+        operands = dict.fromkeys(name for name in links.tensors if name is not None)
+        parameters = tuple(name for name in operands if name in self.parameters and name not in self.written)
+        if not parameters:
             return None
-        written = tuple(changing.index(i) for i in self.written)
-        return Chain(self.first, last, self.entry, tuple(outputs), links, tuple(fixed), tuple(changing), written)
+        others = tuple(name for name in operands if name not in parameters)
+        written = tuple(name for name in others if name in self.written)
+        return Chain(self.first, last, self.entry, tuple(outputs), links, parameters, others, written)

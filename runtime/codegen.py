@@ -28,26 +28,26 @@ def source_for(spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Chain]) 
     ``chain_0``, ``chain_1``, ... with what the first link reads, parameters, and other operands."""
 
     def call(k: int, chain: Chain) -> list[str]:
-        fixed, changing = ([f"{n}," for n in chain.operands(p)] for p in (chain.fixed, chain.changing))
-        return _wrapped(f"    joined = chain_{k}({chain.entry}, (", [*fixed, "),", "(", *changing], "))")
+        parameters, others = ([f"{n}," for n in names] for names in (chain.parameters, chain.others))
+        return _wrapped(f"    joined = chain_{k}({chain.entry}, (", [*parameters, "),", "(", *others], "))")
 
     return "\n".join(["def program(inputs):", *_unpacked(spec), *_chosen(spec, arms, chains, call)]) + "\n"
 
 
 def bound_source_for(spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Chain]) -> str:
-    """The same for inputs that stay: ``bind(inputs)`` returns ``program()``. Its chains are made by ``bind_0``,
+    """The same for inputs that stay: ``bind(inputs)`` returns ``program(trusted)``. Its chains are made by ``bind_0``,
     ``bind_1``, ... of operands that are inputs, and called with what the first link reads and the other operands."""
     lines = ["def bind(inputs):", *_unpacked(spec)]
     for k, chain in enumerate(chains):
         stay, _ = chain.operands_in(spec.inputs)
-        lines += _wrapped(f"    chain_{k} = bind_{k}((", [f"{n}," for n in chain.operands(stay)], "))")
+        lines += _wrapped(f"    chain_{k} = bind_{k}((", [f"{n}," for n in stay], "))")
 
     def call(k: int, chain: Chain) -> list[str]:
         _, given = chain.operands_in(spec.inputs)
-        return _wrapped(f"    joined = chain_{k}({chain.entry}, (", [f"{n}," for n in chain.operands(given)], "))")
+        return _wrapped(f"    joined = chain_{k}({chain.entry}, (", [f"{n}," for n in given], "), trusted)")
 
     body = [f"    {line}" for line in _chosen(spec, arms, chains, call)]
-    return "\n".join([*lines, "    def program():", *body, "    return program"]) + "\n"
+    return "\n".join([*lines, "    def program(trusted):", *body, "    return program"]) + "\n"
 
 
 def _chosen(

@@ -15,6 +15,7 @@ from skipc.kernels.similarity import stream_similarity
 from skipc.runtime import sessions
 from skipc.runtime.chaining import chains_of
 from skipc.runtime.codegen import bound_source_for, source_for
+from skipc.runtime.huge_pages import back_with_huge_pages
 from skipc.runtime.replay import note_call
 
 from skipc.ir.errors import PassError, PlanError
@@ -25,6 +26,7 @@ _serial = itertools.count()
 
 Arms = tuple[int, ...]
 Stream = tuple[tuple[torch.Tensor, int], ...]  # points of a residual stream, with their versions
+BoundProgram = Callable[[bool], tuple[Any, ...]]
 RegionFunction = Callable[[list[Any]], Sequence[Any]]
 
 
@@ -52,15 +54,17 @@ class Program:
         functions: Sequence[RegionFunction],
         default_kv: KVPolicy = "project",
         partial: str | None = None,
+        huge_pages: bool = False,
     ):
         self.spec = spec
         self.functions = tuple(functions)
         self.default_kv = default_kv
         self.partial = partial  # why this graph is not the whole model, if so
+        self.huge_pages = huge_pages
         self.exact: Arms = (0,) * len(spec.steps)
         self.site_names = frozenset(s.name for s in spec.sites)
         self._bound: dict[Arms, Callable[[Sequence[Any]], tuple[Any, ...]]] = {}
-        self._binders: dict[Arms, Callable[[Sequence[Any]], Callable[[], tuple[Any, ...]]]] = {}
+        self._binders: dict[Arms, Callable[[Sequence[Any]], BoundProgram]] = {}
         self._plans: dict[tuple[frozenset[str], KVPolicy], Arms] = {}
 
     def _bind(self, arms: Arms) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -72,7 +76,7 @@ class Program:
         )
         return made
 
-    def bound(self, arms: Arms, inputs: Sequence[Any]) -> Callable[[], tuple[Any, ...]]:
+    def bound(self, arms: Arms, inputs: Sequence[Any]) -> BoundProgram:
         """The program with these arms on inputs that stay."""
         if arms not in self._binders:
             chains = chains_of(self.spec, arms)
@@ -108,6 +112,8 @@ class Program:
         """Run with one arm chosen for each step."""
         program = self._bound.get(arms)
         if program is None:
+            if self.huge_pages:
+                back_with_huge_pages(inputs[i] for i in self.spec.parameters)
             outputs, _, _ = self._walk(inputs, arms, keep_streams=False)  # looks at what each region is given
             _make_room(self._bound)
             self._bound[arms] = self._bind(arms)
@@ -197,13 +203,15 @@ class Repeated:
     def __init__(self, program: Program, inputs: Sequence[Any]):
         self.program, self.inputs = program, inputs
         self._parameters = program.parameters_of(inputs)
-        self._steps: dict[Arms, Callable[[], tuple[Any, ...]]] = {}
+        self._steps: dict[Arms, BoundProgram] = {}
+        self._checked: set[Arms] = set()  # plans that have looked at the inputs since they may have changed
 
-    def __call__(self) -> tuple[Any, ...]:
+    def __call__(self, trusted: bool) -> tuple[Any, ...]:
+        """The next outputs. ``trusted``: no code that could have moved or resized an input has run since the last."""
+        if not trusted:
+            self._checked.clear()
         session = sessions.session_for(self._parameters) if sessions.any_open() else None
-        if session is None:
-            return self._run(self.program.exact)
-        return session.call(self.program, self.inputs, self._run)
+        return self._run(self.program.exact) if session is None else session.call(self.program, self.inputs, self._run)
 
     def _run(self, arms: Arms) -> tuple[Any, ...]:
         program, step = self.program, self._steps.get(arms)
@@ -212,7 +220,8 @@ class Repeated:
             _make_room(self._steps)
             self._steps[arms] = program.bound(arms, self.inputs)
             return outputs
-        outputs = step()
+        outputs = step(arms in self._checked)
+        self._checked.add(arms)
         return outputs if arms is program.exact else program.unshared(self.inputs, outputs)
 
 

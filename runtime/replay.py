@@ -88,7 +88,7 @@ class Replay:
         self._owners = [*owners, *model.modules()]
         self._watch: ModelWatch | None = None
         self._last: tuple[Any, tuple[Any, ...], int] | None = None
-        self._repeated: Callable[[], tuple[Any, ...]] | None = None
+        self._repeated: Callable[[bool], tuple[Any, ...]] | None = None
         self.refused: str | None = None
         self.replayed = 0
 
@@ -100,7 +100,7 @@ class Replay:
             return self._guarded()
         assert self._last is not None
         self.replayed += 1
-        return self._repeated()[self._last[2]]  # type: ignore[no-any-return]
+        return self._repeated(not watched)[self._last[2]]  # type: ignore[no-any-return]
 
     def forget(self) -> None:
         """Prove anew at the next two steps: something outside has run since."""

@@ -80,7 +80,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         try:
             outline = build_outline(gm, config)[0]
             functions = outline.compile(config)
-            program = Program(outline.spec, functions, config.kv, graph_break_of(gm))
+            program = Program(outline.spec, functions, config.kv, graph_break_of(gm), config.huge_pages)
             sessions.register(program, identities)
             return program
         except NoResidualStreamError:

@@ -49,6 +49,9 @@ inline void narrow(float x, bf16* out) {  // to nearest, ties to even; NaN stays
   out->bits = std::isnan(x) ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// Calls a line into the second-level cache.
+inline void fetch(const void* at) { __builtin_prefetch(at, 0, 2); }
+
 inline vec load(const float* p) {
   vec v;
   std::memcpy(&v, p, sizeof(v));

@@ -34,6 +34,10 @@ class Config(BaseModel):
         description="What a skipped attention writes to its KV cache. project: its keys and values, as if it ran. "
         "none: nothing (only where the cache is written in place).",
     )
+    huge_pages: bool = Field(
+        True,
+        description="Ask Linux to move the weights of models on the CPU to huge pages, at the first call.",
+    )
     disable_passes: tuple[str, ...] = Field((), description="Names of passes not to run; see `skipc passes`.")
     on_error: Literal["fallback", "raise"] = Field(
         "fallback",

@@ -194,7 +194,7 @@ def test_a_bound_chain_sees_what_changes(dtype: torch.dtype) -> None:
         NOTHING,
         (None, [head], [None], None, 0.0, None),
     )
-    bound = BoundChain(links, [None, *links.tensors[1:]], [0])
+    bound = BoundChain(links, [None, *links.tensors[1:]], [[0]])
 
     def check(x: torch.Tensor, norm: torch.Tensor) -> None:
         expected = chain(x, [norm, *links.tensors[1:]], links.code, links.numbers)
