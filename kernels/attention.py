@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from skipc.kernels import native
 from skipc.kernels.library import library
 
+_STRETCH = 512  # queries of a long prompt that are looked at together
 MAX_ROWS = 64  # queries of one key head (groups times tokens) that the native kernel takes; more go to torch's own
 
 _SCHEMA = (
@@ -71,15 +72,42 @@ def grouped_attention(
     softcap: float,
 ) -> torch.Tensor:
     """The same for any number of queries: the native kernel for few, torch's own, on the live keys, for many."""
-    if q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS and native.available() is None:
+    queries = q.shape[2]
+    if q.shape[1] // k.shape[1] * queries <= MAX_ROWS and native.available() is None:
         out: torch.Tensor = torch.ops.skipc.decode_attention(q, k, v, mask, live, causal, scale, softcap)
         return out
     if live is not None:
-        start, stop = int(live[:, 0].min()), int(live[:, 1].max())
-        if start >= stop:
-            start, stop = 0, 1  # no query sees a key: their mask says so for the first one, too
-        k, v = k[:, :, start:stop], v[:, :, start:stop]
-        mask = mask[..., start:stop] if mask is not None and mask.shape[-1] != 1 else mask
+        k, v, mask = _narrowed(live, k, v, mask)
+    if live is None or mask is None or causal or mask.shape[2] != queries or queries < 2 * _STRETCH:
+        return _many(q, k, v, mask, causal, scale, softcap)
+    # Under a causal mask half of all scores are for nothing. A stretch of queries sees fewer keys than all of them.
+    out = q.new_empty(q.shape[0], queries, q.shape[1], v.shape[-1]).transpose(1, 2)
+    for i in range(0, queries, _STRETCH):
+        few, theirs = slice(i, i + _STRETCH), mask[:, :, i : i + _STRETCH]
+        out[:, :, few] = _many(q[:, :, few], *_narrowed(live_range(theirs), k, v, theirs), False, scale, softcap)
+    return out
+
+
+def _narrowed(
+    live: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    start, stop = int(live[:, 0].min()), int(live[:, 1].max())
+    if start >= stop:
+        start, stop = 0, 1  # no query sees a key: their mask says so for the first one, too
+    if mask is not None and mask.shape[-1] != 1:
+        mask = mask[..., start:stop]
+    return k[:, :, start:stop], v[:, :, start:stop], mask
+
+
+def _many(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
     if softcap:
         return attention_reference(q, k, v, mask, None, causal, scale, softcap)
     return F.scaled_dot_product_attention(

@@ -29,8 +29,11 @@ class LowerAttention(Pass):
     name = "lower_attention"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        nodes = [n for n in gm.graph.nodes if n.target is torch.ops.skipc.grouped_attention.default and _small(n)]
+        every = [n for n in gm.graph.nodes if n.target is torch.ops.skipc.grouped_attention.default]
+        nodes = [n for n in every if _small(n)]
         reason = native.available() if nodes else None
+        if every and not nodes:
+            reason = f"torch's attention for more than {MAX_ROWS} queries of a key head, or a number known only at the call"
         if reason is not None:
             return PassResult(notes=(reason,))
         for node in nodes:

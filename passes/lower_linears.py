@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from skipc.kernels import native
+from skipc.kernels.linear import MAX_ROWS
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import erase_unused, infer, labels_of
 from skipc.passes.ops import tensor
-from skipc.passes.skinny import bias_of, drop_copies, is_skinny, norm_before, sum_after
+from skipc.passes.skinny import bias_of, drop_copies, is_skinny, native_rows, norm_before, sum_after
 from torch import fx
 
 
@@ -40,7 +41,7 @@ class LowerLinears(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         linears = [n for n in gm.graph.nodes if is_skinny(n)]
         if not linears:
-            return PassResult()
+            return PassResult(notes=tuple({_why_not(n): None for n in gm.graph.nodes if native_rows(n) is not None}))
         reason = native.available()
         if reason is not None:
             return PassResult(notes=(reason,))
@@ -82,3 +83,10 @@ class LowerLinears(Pass):
             drop_copies(made)
         for node in [last] if total is not None else linears:
             erase_unused(node)
+
+
+def _why_not(linear: fx.Node) -> str:
+    rows, dtype = native_rows(linear), tensor(linear).dtype  # type: ignore[union-attr]
+    if not isinstance(rows, int):
+        return "linear layers whose number of rows is known only at the call stay with torch"
+    return f"linear layers of {rows} rows stay with torch, whose products are faster above {MAX_ROWS[dtype]} ({dtype})"

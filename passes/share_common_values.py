@@ -65,7 +65,9 @@ class ShareCommonValues(Pass):
             if op_name(node) in _LAYERS or not hidden.isdisjoint(node.all_input_nodes):
                 hidden.add(node)
             elif _is_value(node) and all(flow.storages[n].isdisjoint(apart) for n in (node, *node.all_input_nodes)):
-                same[node] = first.setdefault(_key((node.op, node.target, node.args, node.kwargs), same), node)
+                kinds = [(t.dtype, t.device) for t in tensors(node)]
+                key = _key((node.op, node.target, node.args, node.kwargs, kinds), same)
+                same[node] = first.setdefault(key, node)
                 if same[node] is not node and op_name(node) not in _FREE:
                     node.replace_all_uses_with(same[node])
                     matched += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from skipc.kernels.linear import MAX_ROWS
@@ -18,23 +19,30 @@ def bias_of(linear: fx.Node) -> Any:
 
 def is_skinny(node: Any) -> bool:
     """True for a linear layer of few rows that the native kernels take."""
+    rows = native_rows(node)
+    return rows is not None and isinstance(rows, int) and 1 <= rows <= MAX_ROWS[tensor(node).dtype]  # type: ignore[union-attr]
+
+
+def native_rows(node: Any) -> Any:
+    """The number of rows of a linear layer that the native kernels could take, but for that number; else None."""
     if not isinstance(node, fx.Node) or op_name(node) != "linear" or node.op != "call_function":
-        return False
+        return None
     if len(node.args) < 2 or set(node.kwargs) - {"bias"}:
-        return False
+        return None
     x, w, b = tensor(node.args[0]), tensor(node.args[1]), tensor(bias_of(node))
     if x is None or w is None or (bias_of(node) is not None and b is None):
-        return False
+        return None
     if any(t.device.type != "cpu" or t.dtype != x.dtype for t in (x, w, b) if t is not None):
-        return False
+        return None
     if x.dtype not in MAX_ROWS or w.dim() != 2 or x.dim() < 1 or w.stride(1) != 1:
-        return False
-    if not all(isinstance(n, int) for n in (*x.shape, *w.shape)) or (b is not None and b.stride(0) != 1):
-        return False
-    rows = x.numel() // max(1, x.shape[-1])
+        return None
+    if not all(isinstance(n, int) for n in (x.shape[-1], *w.shape)) or (b is not None and b.stride(0) != 1):
+        return None
     # Grouped or fused, layers run earlier or later than where they stood: their weights must be inputs.
     inputs = all(a.op in ("placeholder", "get_attr") for a in node.all_input_nodes[1:])
-    return 1 <= rows <= MAX_ROWS[x.dtype] and x.is_contiguous() and x.shape[-1] > 0 and inputs
+    rows = math.prod(x.shape[:-1])
+    contiguous = not isinstance(rows, int) or x.is_contiguous()  # asking a symbolic size would add a guard
+    return rows if contiguous and x.shape[-1] > 0 and inputs else None
 
 
 def norm_before(x: fx.Node, readers: list[fx.Node], flow: Dataflow) -> RMSNorm | None:

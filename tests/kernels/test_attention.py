@@ -161,6 +161,33 @@ def test_many_queries(queries: int, groups: int, softcap: float) -> None:
     )
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["causal", "padded", "window", "additive", "blind rows", "continued"])
+def test_long_prompts(kind: str, dtype: torch.dtype, softcap: float) -> None:
+    """Stretches of queries look at the keys that they may see, of a cache that is longer than the prompt."""
+    queries, keys = 1100, 1200
+    q, k, v = heads(2, 4, queries, 16, dtype, 0), *(heads(2, 2, keys, 16, dtype, s) for s in (1, 2))
+    i, j = torch.arange(queries)[:, None] + (90 if kind == "continued" else 0), torch.arange(keys)
+    mask = (j <= i).expand(2, 1, queries, keys).clone()
+    if kind == "padded":
+        mask[1, :, :, :700] = False
+        mask[1, :, :700, 0] = True  # padding sees something, too
+    elif kind == "window":
+        mask &= j > i - 40
+    elif kind == "blind rows":
+        mask[0, :, 260:300] = False
+    if kind in ("additive", "blind rows") or softcap:
+        mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    args = (mask, live_range(mask), False, 0.25, softcap)
+    exact = truth(
+        q.double(), k.double(), v.double(), mask if mask.dtype == torch.bool else mask.double(), False, 0.25, softcap
+    )
+    found = grouped_attention(q, k, v, *args)
+    assert_no_further(exact, truth(q, k, v, mask, False, 0.25, softcap), found)
+    assert found.stride() == attention_reference(q, k, v, *args).stride()
+
+
 def test_live_range_brute_force() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):

@@ -37,6 +37,12 @@ def test_explain_tells_why_not() -> None:
     assert "preset 'off'" in str(off)
 
 
+def test_explain_tells_what_would_be_slower() -> None:
+    text = str(skipc.explain(ZOO["llama"].build(), torch.randint(3, 90, (1, 40))))
+    assert "linear layers of 40 rows stay with torch, whose products are faster above 16" in text
+    assert "torch's attention for more than 64 queries" in text
+
+
 def test_explaining_disturbs_no_compiled_model() -> None:
     model = HandWritten().eval()
     compiled = skipc.compile(model, **STRICT)
