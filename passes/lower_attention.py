@@ -33,7 +33,7 @@ class LowerAttention(Pass):
         nodes = [n for n in every if _small(n)]
         reason = native.available() if nodes else None
         if every and not nodes:
-            reason = f"torch's attention for more than {MAX_ROWS} queries of a key head, or a number known only at the call"
+            reason = f"torch's attention for more than {MAX_ROWS} queries of a key head, or a number not known yet"
         if reason is not None:
             return PassResult(notes=(reason,))
         for node in nodes:
