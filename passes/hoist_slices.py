@@ -14,25 +14,8 @@ from skipc.passes.ops import is_add, op_name, same_sizes, tensor
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-_UNARY = frozenset(
-    [
-        "to",
-        "float",
-        "bfloat16",
-        "half",
-        "double",
-        "type",
-        "contiguous",
-        "neg",
-        "__neg__",
-        "square",
-        "rsqrt",
-        "sqrt",
-        "exp",
-        "log",
-    ]
-)
-_ACTIVATIONS = frozenset(["tanh", "sigmoid", "silu", "gelu", "relu"])
+_CASTS = frozenset(["to", "float", "bfloat16", "half", "double", "type", "contiguous"])
+_UNARY = _CASTS | {"neg", "__neg__", "square", "rsqrt", "sqrt", "exp", "log", "tanh", "sigmoid", "silu", "gelu", "relu"}
 _BINARY = frozenset(
     ["add", "__add__", "sub", "__sub__", "mul", "__mul__", "div", "truediv", "__truediv__", "pow", "__pow__"]
 )
@@ -72,9 +55,9 @@ class HoistSlices(Pass):
     @staticmethod
     def _hoist(graph: fx.Graph, taken: fx.Node, index: list[Any]) -> bool:
         moved = _computing_rows(graph, taken)
-        flow = Dataflow(graph)
         if not any(op_name(n) == "linear" for n in moved):
             return False
+        flow = Dataflow(graph)
         if any(flow.storages[n] & flow.written for m in (*moved, taken) for n in (m, *m.all_input_nodes)):
             return False
         slices = tuple(i if isinstance(i, slice) else slice(i, None if i == -1 else i + 1) for i in index)
@@ -169,7 +152,7 @@ def _is_rowwise(node: fx.Node, leading: Sequence[Any]) -> bool:
     if name in ("rms_norm", "layer_norm"):
         shape = node.kwargs.get("normalized_shape", node.args[1] if len(node.args) > 1 else ())
         return isinstance(shape, tuple | list) and len(shape) == 1
-    return name in _UNARY | _ACTIVATIONS | _BINARY or (name == "mean" and over_last(node))
+    return name in _UNARY | _BINARY or (name == "mean" and over_last(node))
 
 
 def _carries_rows(source: fx.Node, reader: fx.Node) -> bool:

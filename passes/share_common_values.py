@@ -15,19 +15,8 @@ from torch._ops import HigherOrderOperator
 # What turns inputs into hidden states. Equal values behind it are sublayers, which are not for this pass to join.
 _LAYERS = frozenset(["embedding", "linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution"])
 # What a region makes for itself at no cost. Equal, but not shared.
-_FREE = VIEWS | {
-    "getitem",
-    "expand",
-    "transpose",
-    "permute",
-    "narrow",
-    "chunk",
-    "split",
-    "arange",
-    "full",
-    "zeros",
-    "ones",
-}
+_CONSTANTS = frozenset(["arange", "full", "zeros", "ones"])
+_FREE = VIEWS | _CONSTANTS | {"getitem", "expand", "transpose", "permute", "narrow", "chunk", "split"}
 
 
 class ShareCommonValues(Pass):
