@@ -193,7 +193,7 @@ def _child(script: str, cell: dict[str, Any], rounds: int, only: str | None) -> 
 def table(
     title: str, records: list[dict[str, Any]], keys: Sequence[str], names: Sequence[str], plot: str | None
 ) -> None:
-    """Print the grid: milliseconds, and speed against the best Inductor configuration with its 95 % interval."""
+    """Print the grid: milliseconds, and speed against the best Inductor configuration, skipc's with 95 % intervals."""
     shown = Table(title=title)
     for key in keys:
         shown.add_column(key)
@@ -206,7 +206,8 @@ def table(
         row = ["all" if r["cell"][k] == 1 << 30 else str(r["cell"][k]) for k in keys]
         for name in names:
             p = r["peers"][name]
-            row.append(f"{p['ms']:.1f} ({p['speed']:.2f}x [{p['low']:.2f}, {p['high']:.2f}])")
+            interval = f"\n[{p['low']:.2f}, {p['high']:.2f}]" if name.startswith("skipc") else ""
+            row.append(f"{p['ms']:.1f} ({p['speed']:.2f}x){interval}")
         shown.add_row(*row, *([f"{r['limit_ms']:.1f}"] if limits else []))
     console.print(shown)
     if plot:
