@@ -5,6 +5,7 @@ Linux only. Nothing but the placement in memory changes, for the model as a whol
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import sys
@@ -17,6 +18,7 @@ import torch
 log = logging.getLogger("skipc")
 
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_USAGE = Path("/proc/self/smaps_rollup")
 _PAGE = 2 << 20
 _ADVISE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, from Linux 6.1 on
 
@@ -35,8 +37,9 @@ def unavailable() -> str | None:
 def back_with_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
     """Ask for the memory of CPU tensors to be moved to huge pages, several in one where they lie side by side. Returns
     how many bytes were; what cannot be stays as it is."""
-    if unavailable() is not None:
-        return 0
+    tensors = list(tensors)
+    if unavailable() is not None or 2 * _shared() > sum(t.nbytes for t in tensors):
+        return 0  # moving what processes share (after a fork) would give each a copy of its own
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     moved = 0
@@ -45,6 +48,15 @@ def back_with_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
         moved += _PAGE * (madvise(page * _PAGE, _PAGE, _COLLAPSE) == 0)
     log.debug("%d MB of weights in huge pages", moved >> 20)
     return moved
+
+
+def _shared() -> int:
+    """Bytes of this process's own memory that other processes share with it."""
+    with contextlib.suppress(OSError):
+        for line in _USAGE.read_text().splitlines():
+            if line.startswith("Shared_Dirty:"):
+                return int(line.split()[1]) << 10
+    return 0
 
 
 def _pages(tensors: Iterable[torch.Tensor]) -> list[int]:

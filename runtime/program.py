@@ -112,7 +112,7 @@ class Program:
         """Run with one arm chosen for each step."""
         program = self._bound.get(arms)
         if program is None:
-            if self.huge_pages:
+            if self.huge_pages and not self._bound:
                 back_with_huge_pages(inputs[i] for i in self.spec.parameters)
             outputs, _, _ = self._walk(inputs, arms, keep_streams=False)  # looks at what each region is given
             _make_room(self._bound)

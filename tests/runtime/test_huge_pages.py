@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,19 @@ def test_a_machine_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sett
     monkeypatch.setattr(huge_pages, "_SETTING", file)
     assert huge_pages.unavailable() is not None
     assert back_with_huge_pages([torch.randn(3_000_000)]) == 0
+
+
+def test_memory_shared_with_another_process_stays_shared() -> None:
+    weights = torch.randn(3_000_000)
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(theirs, str(back_with_huge_pages([weights])).encode())
+        os._exit(0)
+    assert os.read(ours, 20) == b"0"
+    os.waitpid(child, 0)
+    if huge_pages.unavailable() is None:
+        assert huge_pages._shared() < weights.nbytes
 
 
 @pytest.mark.parametrize("wanted", [True, False])

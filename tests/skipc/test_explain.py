@@ -38,6 +38,7 @@ def test_explain_tells_why_not() -> None:
 
 
 def test_explain_tells_what_would_be_slower() -> None:
+    torch._dynamo.reset()  # forget sizes that other tests made dynamic
     text = str(skipc.explain(ZOO["llama"].build(), torch.randint(3, 90, (1, 40))))
     assert "linear layers of 40 rows stay with torch, whose products are faster above 16" in text
     assert "torch's attention for more than 64 queries" in text
