@@ -113,8 +113,8 @@ def _alone(program: Program, scope: dict[str, Any], sites: list[str]) -> list[Ca
     calls: list[Callable[[], Any]] = []
     for c in chains:
         function = c.function()
-        fixed, changing = ([scope[n] for n in c.operands(p)] for p in (c.fixed, c.changing))
-        calls.append(lambda f=function, x=scope[c.entry], a=fixed, b=changing: f(x, a, b))  # type: ignore[misc]
+        parameters, others = ([scope[n] for n in names] for names in (c.parameters, c.others))
+        calls.append(lambda f=function, x=scope[c.entry], p=parameters, o=others: f(x, p, o))  # type: ignore[misc]
     for i, (s, index) in enumerate(zip(program.spec.steps, arms, strict=True)):
         arm = s.arms[index]
         if arm.region is not None and set(s.sites) & set(sites) and not any(c.first <= i <= c.last for c in chains):
