@@ -74,6 +74,7 @@ def test_a_machine_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sett
     assert back_with_huge_pages([torch.randn(3_000_000)]) == 0
 
 
+@pytest.mark.skipif(not huge_pages._USAGE.exists(), reason="the system does not tell what is shared")
 def test_memory_shared_with_another_process_stays_shared() -> None:
     weights = torch.randn(3_000_000)
     ours, theirs = os.pipe()
