@@ -78,7 +78,8 @@ def grouped_attention(
         return out
     if live is not None:
         k, v, mask = _narrowed(live, k, v, mask)
-    if live is None or mask is None or causal or mask.shape[2] != queries or queries < 2 * _STRETCH:
+    each = mask is not None and mask.dim() == 4 and mask.shape[2] == queries  # has the mask a row for each query?
+    if mask is None or live is None or causal or not each or queries < 2 * _STRETCH:
         return _many(q, k, v, mask, causal, scale, softcap)
     # Under a causal mask half of all scores are for nothing. A stretch of queries sees fewer keys than all of them.
     out = q.new_empty(q.shape[0], queries, q.shape[1], v.shape[-1]).transpose(1, 2)

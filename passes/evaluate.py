@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from skipc.passes.ops import VIEWS, op_name, tensor, written_arguments
+from skipc.passes.ops import PARTS, VIEWS, op_name, tensor, written_arguments
 from torch import fx
 
-CASTS = frozenset(["to", "float", "bfloat16", "type", "type_as"])
-_VIEWS = VIEWS | {"narrow", "transpose", "permute", "contiguous", "getitem", "expand", "chunk", "split"}
+_CASTS = frozenset(["to", "float", "bfloat16", "type", "type_as"])
 _ARITHMETIC = frozenset(["mul", "__mul__", "add", "__add__", "sub", "neg", "__neg__", "pow", "square", "mean", "rsqrt"])
-EXACT = _VIEWS | _ARITHMETIC | {"cat", "rms_norm", "arange"}
+EXACT = VIEWS | PARTS | _ARITHMETIC | {"contiguous", "cat", "rms_norm", "arange"}
 
 
 def leaves_of(node: fx.Node, inside: set[fx.Node]) -> dict[fx.Node, None] | None:
@@ -43,13 +42,13 @@ def leaves_of(node: fx.Node, inside: set[fx.Node]) -> dict[fx.Node, None] | None
 def _is_exact(node: fx.Node, result: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method") or written_arguments(node):
         return False
-    return is_idle_cast(node, result) if op_name(node) in CASTS else op_name(node) in EXACT
+    return is_idle_cast(node, result) if op_name(node) in _CASTS else op_name(node) in EXACT
 
 
 def is_idle_cast(node: fx.Node, result: fx.Node) -> bool:
     """True for a cast that may be passed over on the way to ``result``, because it rounds no more than the dtype of
     ``result`` does. (A cast to fewer bits is meant: quantised keys, say.)"""
-    if op_name(node) not in CASTS:
+    if op_name(node) not in _CASTS:
         return False
     before, after, last = tensor(node.args[0]), tensor(node), tensor(result)
     if before is None or after is None or last is None or before.is_floating_point() != after.is_floating_point():
@@ -64,7 +63,7 @@ def evaluate(node: Any, numbers: dict[fx.Node, torch.Tensor]) -> Any:
     def value(n: fx.Node) -> Any:
         if n not in known:
             args, kwargs = fx.map_arg((n.args, n.kwargs), value)  # type: ignore[arg-type]
-            if op_name(n) in CASTS:
+            if op_name(n) in _CASTS:
                 known[n] = args[0]
             elif n.op == "call_method":
                 known[n] = getattr(args[0], str(n.target))(*args[1:], **kwargs)

@@ -10,12 +10,12 @@ from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import erase_unused, infer, labels_of
 from skipc.passes.norms import over_last
-from skipc.passes.ops import is_add, op_name, same_sizes, tensor
+from skipc.passes.ops import CASTS, is_add, op_name, same_sizes, tensor
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-_CASTS = frozenset(["to", "float", "bfloat16", "half", "double", "type", "contiguous"])
-_UNARY = _CASTS | {"neg", "__neg__", "square", "rsqrt", "sqrt", "exp", "log", "tanh", "sigmoid", "silu", "gelu", "relu"}
+_UNARY = (CASTS - {"dropout"}) | {"neg", "__neg__", "square", "rsqrt", "sqrt", "exp", "log"}
+_ACTIVATIONS = frozenset(["tanh", "sigmoid", "silu", "gelu", "relu"])
 _BINARY = frozenset(
     ["add", "__add__", "sub", "__sub__", "mul", "__mul__", "div", "truediv", "__truediv__", "pow", "__pow__"]
 )
@@ -135,7 +135,9 @@ def _computing_rows(graph: fx.Graph, taken: fx.Node) -> list[fx.Node]:
 def _is_rowwise(node: fx.Node, leading: Sequence[Any]) -> bool:
     """True if each row of ``node`` is a function of the same row of what it reads."""
     name, made = op_name(node), tensor(node)
-    if node.op not in ("call_function", "call_method") or made is None or not same_sizes(made.shape[:-1], leading):
+    if node.op not in ("call_function", "call_method") or not node.args or made is None:
+        return False
+    if not same_sizes(made.shape[:-1], leading):
         return False
     inputs = [a for a in node.all_input_nodes if _carries_rows(a, node)]
     sizes = [t.shape[:-1] for t in map(tensor, inputs) if t is not None]
@@ -152,7 +154,7 @@ def _is_rowwise(node: fx.Node, leading: Sequence[Any]) -> bool:
     if name in ("rms_norm", "layer_norm"):
         shape = node.kwargs.get("normalized_shape", node.args[1] if len(node.args) > 1 else ())
         return isinstance(shape, tuple | list) and len(shape) == 1
-    return name in _UNARY | _BINARY or (name == "mean" and over_last(node))
+    return name in _UNARY | _ACTIVATIONS | _BINARY or (name == "mean" and over_last(node))
 
 
 def _carries_rows(source: fx.Node, reader: fx.Node) -> bool:

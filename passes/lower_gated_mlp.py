@@ -93,7 +93,7 @@ def read_gated_mlp(node: Any) -> GatedMLP | None:
         return None
     for act, up in (product.args, product.args[::-1]):
         kind = _activation(act)
-        if kind is None or len(act.users) != 1:
+        if kind is None or not act.args or len(act.users) != 1:
             continue
         gate: Any = act.args[0]
         if _plain(gate) and _plain(up) and gate.args[0] is up.args[0]:

@@ -96,6 +96,9 @@ CASTS = frozenset(
     ]
 )
 VIEWS = frozenset(["view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "_unsafe_view"])
+PARTS = frozenset(
+    ["getitem", "narrow", "chunk", "split", "transpose", "permute", "expand"]
+)  # views that take apart or reorder
 SCALES = frozenset(["mul", "__mul__", "div", "truediv", "__truediv__"])
 
 _RANDOM = frozenset(

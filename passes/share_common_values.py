@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
-from skipc.passes.ops import VIEWS, is_random, op_name, tensors
+from skipc.passes.ops import PARTS, VIEWS, is_random, op_name, tensors
 from torch import fx
 from torch._ops import HigherOrderOperator
 
@@ -16,7 +16,7 @@ from torch._ops import HigherOrderOperator
 _LAYERS = frozenset(["embedding", "linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution"])
 # What a region makes for itself at no cost. Equal, but not shared.
 _CONSTANTS = frozenset(["arange", "full", "zeros", "ones"])
-_FREE = VIEWS | _CONSTANTS | {"getitem", "expand", "transpose", "permute", "narrow", "chunk", "split"}
+_FREE = VIEWS | PARTS | _CONSTANTS
 
 
 class ShareCommonValues(Pass):

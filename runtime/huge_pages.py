@@ -37,13 +37,13 @@ def unavailable() -> str | None:
 def back_with_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
     """Ask for the memory of CPU tensors to be moved to huge pages, several in one where they lie side by side. Returns
     how many bytes were; what cannot be stays as it is."""
-    tensors = list(tensors)
-    if unavailable() is not None or 2 * _shared() > sum(t.nbytes for t in tensors):
+    storages = _storages(tensors)
+    if unavailable() is not None or 2 * _shared() > sum(storages.values()):
         return 0  # moving what processes share (after a fork) would give each a copy of its own
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     moved = 0
-    for page in _pages(tensors):
+    for page in _pages(storages):
         madvise(page * _PAGE, _PAGE, _ADVISE)
         moved += _PAGE * (madvise(page * _PAGE, _PAGE, _COLLAPSE) == 0)
     log.debug("%d MB of weights in huge pages", moved >> 20)
@@ -59,15 +59,15 @@ def _shared() -> int:
     return 0
 
 
-def _pages(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """Numbers of the pages of which more than half belong to ``tensors``: little else becomes resident with them."""
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address and size of the memory behind dense CPU tensors."""
+    dense = (t.untyped_storage() for t in tensors if t.device.type == "cpu" and t.layout == torch.strided)
+    return {s.data_ptr(): s.nbytes() for s in dense}
+
+
+def _pages(storages: dict[int, int]) -> list[int]:
+    """Numbers of the pages of which more than half belong to ``storages``: little else becomes resident with them."""
     covered: Counter[int] = Counter()
-    storages = {
-        s.data_ptr(): s.nbytes()
-        for t in tensors
-        if t.device.type == "cpu" and t.layout == torch.strided
-        for s in [t.untyped_storage()]
-    }
     for start, size in storages.items():
         for page in range(start // _PAGE, -(-(start + size) // _PAGE)):
             covered[page] += min(start + size, (page + 1) * _PAGE) - max(start, page * _PAGE)

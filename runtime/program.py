@@ -71,10 +71,7 @@ class Program:
         """The program with these arms, as Python code of its own."""
         chains = chains_of(self.spec, arms)
         scope = {f"chain_{k}": chain.function() for k, chain in enumerate(chains)}
-        made: Callable[[Sequence[Any]], tuple[Any, ...]] = self._executed(
-            source_for(self.spec, arms, chains), "program", scope
-        )
-        return made
+        return self._executed(source_for(self.spec, arms, chains), "program", scope)  # type: ignore[no-any-return]
 
     def bound(self, arms: Arms, inputs: Sequence[Any]) -> BoundProgram:
         """The program with these arms on inputs that stay."""

@@ -291,17 +291,16 @@ Tensor chain(const Tensor& x, const std::vector<Maybe>& tensors, std::vector<int
   return Chain<bf16>(x, tensors, code, numbers).run(x);
 }
 
-// Where a tensor lies and how, as kernels read it off.
+// Where a tensor lies and how, as kernels read it off. (No operand has more dimensions; `make` sees to it.)
 struct Layout {
   const void* data = nullptr;
   int64_t dim = 0, sizes[5] = {}, strides[5] = {};
 
   Layout() = default;
   explicit Layout(const Tensor& t) : data(t.const_data_ptr()), dim(t.dim()) {
-    STD_TORCH_CHECK(dim <= 5, "chain: tensors have at most 5 dimensions");
     const auto n = t.sizes(), s = t.strides();
-    std::copy(n.begin(), n.end(), sizes);
-    std::copy(s.begin(), s.end(), strides);
+    std::copy_n(n.begin(), std::min<int64_t>(dim, 5), sizes);
+    std::copy_n(s.begin(), std::min<int64_t>(dim, 5), strides);
   }
   bool operator==(const Layout& o) const {
     return data == o.data && dim == o.dim && std::equal(sizes, sizes + 5, o.sizes) &&
@@ -316,7 +315,7 @@ struct Bound {
   std::vector<int64_t> changing, given, code;  // tensors[changing[i]] is the call's tensor given[i]
   std::vector<double> numbers;
   std::mutex mutex;
-  Layout entry;
+  int64_t rows = 0, batch = 0;  // of the entry
   std::vector<Layout> layouts;
   std::variant<std::monostate, Chain<float>, Chain<bf16>> made;
 
@@ -331,10 +330,8 @@ struct Bound {
 
   // Looking at a tensor means waiting for memory some five times, so the threads share them.
   bool as_before(const Tensor& x, bool trusted) {
-    Layout now(x);
-    now.data = nullptr;
     const bool wide = x.scalar_type() == ScalarType::Float;
-    if (made.index() != (wide ? 1 : 2) || !(now == entry)) return false;
+    if (made.index() != (wide ? 1 : 2) || rows_of(x) != rows || x.size(0) != batch) return false;
     int changed = 0;
     for (int64_t i : changing) changed += !(Layout(*tensors[i]) == layouts[i]);
     if (trusted || changed) return !changed;
@@ -346,11 +343,14 @@ struct Bound {
 
   void make(const Tensor& x) {
     made = std::monostate();
-    entry = Layout(x);
-    entry.data = nullptr;
+    rows = rows_of(x);
+    batch = x.size(0);
     layouts.assign(tensors.size(), Layout());
-    for (size_t i = 0; i < tensors.size(); i++)
-      if (tensors[i].has_value()) layouts[i] = Layout(*tensors[i]);
+    for (size_t i = 0; i < tensors.size(); i++) {
+      if (!tensors[i].has_value()) continue;
+      layouts[i] = Layout(*tensors[i]);
+      STD_TORCH_CHECK(layouts[i].dim <= 5, "chain: operands have at most 5 dimensions");
+    }
     if (x.scalar_type() == ScalarType::Float)
       made.emplace<Chain<float>>(x, tensors, code, numbers);
     else

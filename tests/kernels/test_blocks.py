@@ -210,6 +210,7 @@ def test_a_bound_chain_sees_what_changes(dtype: torch.dtype) -> None:
     check(x + 1, norm)
     check(x, norm.clone() * 2)
     check(torch.randn(3, 2, 70, generator=generator).to(dtype), norm)
+    check(torch.randn(2, 1, 1, 3, 1, 70, generator=generator).to(dtype), norm)
     up.mul_(2)
     check(x, norm)
     gate.data = gate.data.clone() * 2  # the same tensor in other memory

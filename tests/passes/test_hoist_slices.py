@@ -77,6 +77,7 @@ OTHERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "returned too": lambda x: (lambda y: (y, y[:, -1]))(F.linear(x, W)),
     "rows mixed": lambda x: F.linear(x, W).cumsum(1)[:, -1],
     "rows turned": lambda x: F.linear(x, W).transpose(0, 1)[-1],
+    "arguments by name": lambda x: F.linear(input=x, weight=W)[:, -1],
     "no layer": lambda x: (x * 2)[:, -1],
     "written": written,
     "input written between": input_written_between,
