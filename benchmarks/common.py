@@ -31,15 +31,18 @@ def check_load(limit: float = 0.7) -> float:
 
 
 def interleave(
-    runs: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3, burst: int = 1
+    runs: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3, burst: int = 1, seconds: float = float("inf")
 ) -> dict[str, list[float]]:
     """Seconds of each run, taken in turn (A B A B ...), so that the machine's drift hits all alike.
 
     With a ``burst`` each turn is so many calls, of which the first is not counted: it finds the machine's caches full
-    of another peer's weights, as no decode loop does.
+    of another peer's weights, as no decode loop does. No round starts after so many ``seconds``, but for the first 4.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
     for i in range(rounds + warmup):
+        if i >= warmup + 4 and time.perf_counter() > end:
+            break
         for name, run in runs.items():
             for j in range(burst):
                 start = time.perf_counter()
@@ -117,6 +120,8 @@ def compare(
 ) -> dict[str, Any]:
     """Interleaved times of all peers, and each one's speed against the best of ``baselines``, with its interval.
 
+    Slow cells are timed for 45 seconds or 4 rounds, whichever takes longer.
+
     skipc moves the model's weights to huge pages, for all peers that read them; copies that Inductor froze stay where
     they are. With GLIBC_TUNABLES=glibc.malloc.hugetlb=1 all memory of all peers is in huge pages from the start.
     """
@@ -126,7 +131,7 @@ def compare(
         step()
         first[name] = time.perf_counter() - start
     load = os.getloadavg()[0]
-    times = interleave(steps, rounds, warmup, burst)
+    times = interleave(steps, rounds, warmup, burst, seconds=45)
     medians = {n: statistics.median(t) * 1e3 for n, t in times.items()}
     against = min((b for b in baselines if b in medians), key=lambda b: medians[b], default=next(iter(medians)))
     found = {}
@@ -155,38 +160,40 @@ def grid_options(function: Any) -> Any:
     return function
 
 
-def cell_main(cell: Callable[..., dict[str, Any]], options: dict[str, Any]) -> None:
-    """The process of one cell."""
-    print(json.dumps(cell(**json.loads(options["cell"]), rounds=options["rounds"], only=options["only"])))
+def cell_main(cells: Callable[..., list[dict[str, Any]]], options: dict[str, Any]) -> None:
+    """The process of a group of cells."""
+    print(json.dumps(cells(json.loads(options["cell"]), rounds=options["rounds"], only=options["only"])))
 
 
 def run_grid(
-    script: str, cells: list[dict[str, Any]], options: dict[str, Any], names: Sequence[str]
+    script: str, groups: list[list[dict[str, Any]]], options: dict[str, Any], names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Run each cell that is not in the file yet; the file is written after each."""
+    """Run each cell that is not in the file yet; the file is written after each group, which has one process."""
     path = Path(options["path"]) if options["path"] else None
     records: list[dict[str, Any]] = json.loads(path.read_text())["cells"] if path and path.exists() else []
-    for i, cell in enumerate(cells):
-        if any(r["cell"] == cell for r in records):
+    for i, group in enumerate(groups):
+        left = [c for c in group if not any(r["cell"] == c for r in records)]
+        if not left:
             continue
-        with console.status(f"cell {i + 1} of {len(cells)}: {cell}"):
-            record = {"cell": cell, **_child(script, cell, options["rounds"], None)}
+        with console.status(f"group {i + 1} of {len(groups)}: {left}"):
+            found = [{"cell": c, **r} for c, r in zip(left, _child(script, left, options["rounds"], None), strict=True)]
             if options["memory"]:
-                record["memory"] = {n: _child(script, cell, 3, n)["rss_mb"] for n in names}
-        records.append(record)
-        best = record["peers"][record["best"]]["ms"]
-        line = ", ".join(f"{n} {p['ms']:.1f} ms ({p['speed']:.2f}x)" for n, p in record["peers"].items())
-        console.print(f"{cell}: best Inductor {best:.1f} ms; {line}")
+                found[-1]["memory"] = {n: _child(script, left[-1:], 3, n)[0]["rss_mb"] for n in names}
+        records += found
+        for record in found:
+            best = record["peers"][record["best"]]["ms"]
+            line = ", ".join(f"{n} {p['ms']:.1f} ms ({p['speed']:.2f}x)" for n, p in record["peers"].items())
+            console.print(f"{record['cell']}: best Inductor {best:.1f} ms; {line}")
         if path:
             save(str(path), {"cells": records})
-    return [r for r in records if r["cell"] in cells]
+    return [r for r in records if any(r["cell"] in group for group in groups)]
 
 
-def _child(script: str, cell: dict[str, Any], rounds: int, only: str | None) -> dict[str, Any]:
-    command = [sys.executable, script, "--cell", json.dumps(cell), "--rounds", str(rounds)]
+def _child(script: str, cells: list[dict[str, Any]], rounds: int, only: str | None) -> list[dict[str, Any]]:
+    command = [sys.executable, script, "--cell", json.dumps(cells), "--rounds", str(rounds)]
     done = subprocess.run(command + (["--only", only] if only else []), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{cell}: {done.stderr[-3000:]}")
+        raise RuntimeError(f"{cells}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 

@@ -1,6 +1,7 @@
 """Decode steps of SmolLM2 with nothing skipped: skipc beside eager, Inductor, and Inductor tuned and frozen.
 
-Each cell of the grid is a process of its own, in which all peers take turns. Run: python benchmarks/decode.py
+Cells that differ in how many keys are in use share a process, in which all peers take turns.
+Run: python benchmarks/decode.py
 """
 
 from __future__ import annotations
@@ -20,49 +21,55 @@ NAMES = ["eager", "inductor", "inductor max", "skipc step", "skipc generate"]
 
 
 @torch.no_grad()
-def cell(dtype: str, batch: int, cache: int, live: int, threads: int, rounds: int, only: str | None) -> dict[str, Any]:
-    """Milliseconds of one step, by peer, at a context that starts with ``live`` keys of ``cache``."""
+def cells(group: list[dict[str, Any]], rounds: int, only: str | None) -> list[dict[str, Any]]:
+    """Milliseconds of one step, by peer, of cells that differ in how many keys are in use: one compilation each."""
     from skipc.runtime.generation import Decoder
     from transformers import StaticCache
 
+    dtype, batch, cache, threads = (group[0][k] for k in ("dtype", "batch", "cache", "threads"))
     torch.set_num_threads(threads)
     model, _ = load_smollm2(getattr(torch, dtype))
     token = torch.full((batch, 1), 35)
     warm, burst = 2, 4
-    calls = (rounds + warm) * burst + 1
-    live = min(live, cache - calls - 1)
+    caches = []
 
-    def filled() -> Any:
-        kv = StaticCache(config=model.config, max_cache_len=cache)
-        model(token, past_key_values=kv)
+    def filled(kv: Any) -> Any:
         for layer in kv.layers:
             layer.keys.normal_()
             layer.values.normal_()
-            layer.cumulative_length.fill_(live)
+        caches.append(kv)
         return kv
 
     steps: dict[str, Callable[[], torch.Tensor]] = {}
     for name in NAMES if only is None else [only]:
         if name == "skipc generate":
             decoder = Decoder(model, skipc.compile(model, fullgraph=True, on_error="raise"), batch, cache, padded=False)
-            for layer in decoder.cache.layers:
-                layer.keys.normal_()
-                layer.values.normal_()
-                layer.cumulative_length.fill_(live)
+            filled(decoder.cache)
             tokens = token[:, 0]
             steps[name] = lambda decoder=decoder, tokens=tokens: decoder.decode(tokens, watched=False)
         else:
-            call, kv = peers(name, model), filled()
+            kv = StaticCache(config=model.config, max_cache_len=cache)
+            model(token, past_key_values=kv)
+            call, kv = peers(name, model), filled(kv)
             steps[name] = lambda call=call, kv=kv: call(token, past_key_values=kv).logits
-    result = compare(steps, rounds, warm, baselines=("inductor", "inductor max"), burst=burst)
-    config = model.config
-    size = torch.finfo(getattr(torch, dtype)).bits // 8
-    weights = sum(p.numel() for p in model.parameters()) * size
-    heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    result["bytes"] = weights + batch * (live + calls // 2) * 2 * config.num_hidden_layers * heads * size
-    result["bandwidth"] = bandwidth()
-    result["limit_ms"] = result["bytes"] / result["bandwidth"] * 1e3
-    return result
+
+    results = []
+    for one in group:
+        calls = (rounds + warm) * burst + 1
+        live = min(one["live"], cache - calls - 1)
+        for kv in caches:
+            for layer in kv.layers:
+                layer.cumulative_length.fill_(live)
+        result = compare(steps, rounds, warm, baselines=("inductor", "inductor max"), burst=burst)
+        config = model.config
+        size = torch.finfo(getattr(torch, dtype)).bits // 8
+        weights = sum(p.numel() for p in model.parameters()) * size
+        heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+        result["bytes"] = weights + batch * (live + calls // 2) * 2 * config.num_hidden_layers * heads * size
+        result["bandwidth"] = bandwidth()
+        result["limit_ms"] = result["bytes"] / result["bandwidth"] * 1e3
+        results.append(result)
+    return results
 
 
 @click.command()
@@ -75,13 +82,13 @@ def cell(dtype: str, batch: int, cache: int, live: int, threads: int, rounds: in
 def main(dtypes: Any, batches: Any, caches: Any, lives: Any, all_threads: Any, **options: Any) -> None:
     """Compare decode steps."""
     if options["cell"]:
-        return cell_main(cell, options)
+        return cell_main(cells, options)
     check_load()
-    cells = [
-        {"dtype": d, "batch": b, "cache": c, "live": v, "threads": t}
-        for t, d, b, c, v in itertools.product(all_threads, dtypes, batches, caches, lives)
+    groups = [
+        [{"dtype": d, "batch": b, "cache": c, "live": v, "threads": t} for v in lives]
+        for t, d, b, c in itertools.product(all_threads, dtypes, batches, caches)
     ]
-    records = run_grid(__file__, cells, options, NAMES)
+    records = run_grid(__file__, groups, options, NAMES)
     table("decode step", records, ["threads", "dtype", "batch", "cache", "live"], NAMES, options["plot"])
     return None
 

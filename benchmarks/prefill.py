@@ -18,10 +18,15 @@ NAMES = ["eager", "inductor", "inductor max", "skipc step"]
 
 
 @torch.no_grad()
+def cells(group: list[dict[str, Any]], rounds: int, only: str | None) -> list[dict[str, Any]]:
+    """Milliseconds of one prefill, by peer, into a static cache."""
+    return [cell(**one, rounds=rounds, only=only) for one in group]
+
+
 def cell(
     dtype: str, batch: int, cache: int, prompt: int, threads: int, rounds: int, only: str | None
 ) -> dict[str, Any]:
-    """Milliseconds of one prefill, by peer, into a static cache of ``cache``."""
+    """One cell, in a process of its own."""
     from transformers import StaticCache
 
     torch.set_num_threads(threads)
@@ -56,13 +61,13 @@ def cell(
 def main(dtypes: Any, batches: Any, caches: Any, prompts: Any, all_threads: Any, **options: Any) -> None:
     """Compare prefills."""
     if options["cell"]:
-        return cell_main(cell, options)
+        return cell_main(cells, options)
     check_load()
-    cells = [
-        {"dtype": d, "batch": b, "cache": c, "prompt": p, "threads": t}
+    groups = [
+        [{"dtype": d, "batch": b, "cache": c, "prompt": p, "threads": t}]
         for t, d, b, c, p in itertools.product(all_threads, dtypes, batches, caches, prompts)
     ]
-    records = run_grid(__file__, cells, options, NAMES)
+    records = run_grid(__file__, groups, options, NAMES)
     table("prefill", records, ["threads", "dtype", "batch", "cache", "prompt"], NAMES, options["plot"])
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +10,54 @@ from typing import Any
 
 import torch
 from skipc.kernels.library import library
+from skipc.kernels.similarity import RULE_CODES, reached, stream_moments
 
-ATTENTION, MLP, COUNT, CACHE, LINEAR = range(5)
+from skipc.ir.gating import BATCH_RULES, GateTable
+
+ATTENTION, MLP, COUNT, CACHE, LINEAR, WHEN, PASS, MEASURE = range(8)
 ENTRY, NOTHING = -1, -2  # what a link reads or adds, where it is no other link's result
 
-library.define("chain(Tensor x, Tensor?[] tensors, int[] code, float[] numbers) -> Tensor")
+library.define(
+    "chain(Tensor x, Tensor?[] tensors, int[] code, float[] numbers, Tensor(a!)[] gates, int rule) -> Tensor"
+)
 library.define("bind_chain(Tensor?[] tensors, int[] changing, int[] given, int[] code, float[] numbers) -> int")
-library.define("call_chain(int handle, Tensor x, Tensor[] given, bool trusted) -> Tensor")
+library.define("call_chain(int handle, Tensor x, Tensor[] given, bool trusted, Tensor(a!)[] gates, int rule) -> Tensor")
 library.define("free_chain(int handle) -> ()")
+
+
+@dataclass
+class Gates:
+    """The gates of one call of a chain: a :class:`skipc.ir.gating.GateTable`, and what becomes of it.
+
+    Attributes:
+        table: what was asked for.
+        skipped: bool ``[sites]``: the table's at first; the call adds what it skips.
+        moments: fp32 ``[sites, rows, 3]``; the call writes those of sites that run.
+        valid: bool ``[rows]``, False for padding; None if there is none.
+    """
+
+    table: GateTable
+    skipped: torch.Tensor
+    moments: torch.Tensor
+    valid: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """As the kernel takes them."""
+        t = self.table
+        made = [self.skipped, t.threshold, t.closes, t.scale, t.since, self.moments]
+        return made if self.valid is None else [*made, self.valid]
+
+    @property
+    def rule(self) -> int:
+        """The batch rule, and 4 if sites that decide nothing are measured too, as the kernel takes it."""
+        return RULE_CODES[self.table.rule] + 4 * self.table.measures
+
+    def note(self, site: int, found: torch.Tensor) -> None:
+        """Site number ``site`` ran, with these moments, ``[rows, 3]``: close the gates that it decides about."""
+        threshold = float(self.table.threshold[site])
+        if math.isfinite(threshold) and reached(found, threshold, self.table.rule, self.valid):
+            self.skipped |= self.table.closes[site]
 
 
 @dataclass
@@ -69,6 +110,20 @@ class Links:
         self.tensors += [norm, *weights, *biases, k_norm, cos, sin, keys, values, position]
         self.numbers += [eps, head_eps]
 
+    def when(self, site: int, skipped: bool) -> None:
+        """The next link runs only if site number ``site`` is skipped, or is not."""
+        self.code += [WHEN, site, int(skipped)]
+
+    def forward(self, site: int, source: int, result: int) -> None:
+        """If the site is skipped, ``result`` is what ``source`` is, times the site's scale."""
+        self.when(site, True)
+        self.code += [PASS, source, result]
+
+    def measure(self, site: int, before: int, after: int) -> None:
+        """If the site ran, take the moments of the stream after it, and before it or an earlier one of the chain."""
+        self.when(site, False)
+        self.code += [MEASURE, before, after]
+
     def count(self, counter: Any, amount: int) -> None:
         """Append ``counter.add_(amount)``. No later link may read the counter."""
         self.code += [COUNT, amount]
@@ -80,53 +135,125 @@ class Links:
 
 
 def chain(
-    x: torch.Tensor, tensors: Sequence[torch.Tensor | None], code: Sequence[int], numbers: Sequence[float]
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    code: Sequence[int],
+    numbers: Sequence[float],
+    gates: Sequence[torch.Tensor] = (),
+    rule: int = 0,
 ) -> torch.Tensor:
     """Run :class:`Links` on ``x``, ``[..., width]`` (``[batch, tokens, width]`` for attention), and return the last
-    result. Bit for bit what its kernels give when called one by one."""
-    ops = torch.ops.skipc
-    tensor: Callable[[], Any] = iter(tensors).__next__
-    whole, real = iter(code).__next__, iter(numbers).__next__
-    results: list[Any] = []
-    left = len(code)
+    result, in memory of its own. Bit for bit what its kernels give when called one by one. ``gates`` and ``rule`` are
+    those of :class:`Gates`, if the chain has conditional links."""
+    return _Interpreter(x, tensors, code, numbers, gates, rule).run()
 
-    def stream() -> Any:
-        index = whole()
-        return None if index == NOTHING else x if index == ENTRY else results[index]
 
-    while left:
-        kind = whole()
-        if kind == COUNT:
-            tensor().add_(whole())
-            left -= 2
-        elif kind == CACHE:
-            source, parts, eps, head_eps = stream(), whole(), real(), real()
-            norm, weights, biases = tensor(), [tensor() for _ in range(parts)], [tensor() for _ in range(parts)]
-            ops.cache_block(source, norm, eps, weights, biases, tensor(), head_eps, *(tensor() for _ in range(5)))
-            left -= 3
-        elif kind == ATTENTION:
-            source, residual, parts, causal = stream(), stream(), whole(), bool(whole())
-            eps, head_eps, scale, softcap = real(), real(), real(), real()
-            norm, weights, biases = tensor(), [tensor() for _ in range(parts)], [tensor() for _ in range(parts)]
-            q_norm, k_norm, cos, sin, keys, values, position, mask, live = (tensor() for _ in range(9))
-            results.append(
-                ops.attention_block(
-                    source, norm, eps, weights, biases, q_norm, k_norm, head_eps, cos, sin, keys, values, position,
-                    mask, live, causal, scale, softcap, tensor(), tensor(), residual
-                )
-            )  # fmt: skip
-            left -= 5
-        elif kind == LINEAR:
-            source, residual, parts, norm = stream(), stream(), whole(), tensor()
-            weights, biases = [tensor() for _ in range(parts)], [tensor() for _ in range(parts)]
-            results.append(ops.skinny_linear(source, weights, biases, norm, real(), residual))
-            left -= 4
-        else:
-            source, residual, activation = stream(), stream(), whole()
-            norm, gate, up, down = (tensor() for _ in range(4))
-            results.append(ops.gated_mlp(source, norm, real(), gate, up, down, activation, residual))
-            left -= 4
-    return results[-1]  # type: ignore[no-any-return]
+class _Interpreter:
+    """The chain as host code."""
+
+    def __init__(self, x: torch.Tensor, tensors: Any, code: Any, numbers: Any, gates: Any, rule: int):
+        self.x, self.code = x, list(code)
+        self.tensor: Callable[[], Any] = iter(tensors).__next__
+        self.real: Callable[[], float] = iter(numbers).__next__
+        self.at = 0
+        self.results: list[Any] = []
+        self.before: dict[int, Any] = {}  # the stream before each site that is measured
+        self.gates = _gates_of(gates, rule) if gates else None
+
+    def run(self) -> torch.Tensor:
+        links = {
+            ATTENTION: self._attention, MLP: self._mlp, COUNT: self._count, CACHE: self._cache, LINEAR: self._linear,
+            PASS: self._pass, MEASURE: self._measure,
+        }  # fmt: skip
+        while self.at < len(self.code):
+            kind, self.site, runs = self._whole(), -1, True
+            if kind == WHEN:
+                assert self.gates is not None
+                self.site, skipped, kind = self._whole(), self._whole(), self._whole()
+                runs = bool(self.gates.skipped[self.site]) == bool(skipped)
+            links[kind](runs)
+        last: torch.Tensor = self.results[-1]
+        return last.clone() if any(last is r for r in (self.x, *self.results[:-1])) else last
+
+    def _whole(self) -> int:
+        self.at += 1
+        return self.code[self.at - 1]
+
+    def _stream(self) -> Any:
+        index = self._whole()
+        if index == NOTHING:
+            return None
+        return self.x if index == ENTRY else self.results[index]
+
+    def _several(self, count: int) -> list[Any]:
+        return [self.tensor() for _ in range(count)]
+
+    def _count(self, runs: bool) -> None:
+        counter, amount = self.tensor(), self._whole()
+        if runs:
+            counter.add_(amount)
+
+    def _cache(self, runs: bool) -> None:
+        source, parts, eps, head_eps = self._stream(), self._whole(), self.real(), self.real()
+        norm, weights, biases, rest = self.tensor(), self._several(parts), self._several(parts), self._several(6)
+        if runs:
+            torch.ops.skipc.cache_block(source, norm, eps, weights, biases, rest[0], head_eps, *rest[1:])
+
+    def _attention(self, runs: bool) -> None:
+        source, residual, parts, causal = self._stream(), self._stream(), self._whole(), bool(self._whole())
+        eps, head_eps, *scales = (self.real() for _ in range(4))
+        norm, weights, biases, rest = self.tensor(), self._several(parts), self._several(parts), self._several(11)
+        self._result(
+            runs,
+            lambda: torch.ops.skipc.attention_block(
+                source,
+                norm,
+                eps,
+                weights,
+                biases,
+                *rest[:2],
+                head_eps,
+                *rest[2:9],
+                causal,
+                *scales,
+                *rest[9:],
+                residual,
+            ),
+        )
+
+    def _linear(self, runs: bool) -> None:
+        source, residual, parts, norm = self._stream(), self._stream(), self._whole(), self.tensor()
+        weights, biases, eps = self._several(parts), self._several(parts), self.real()
+        self._result(runs, lambda: torch.ops.skipc.skinny_linear(source, weights, biases, norm, eps, residual))
+
+    def _mlp(self, runs: bool) -> None:
+        source, residual, activation, eps = self._stream(), self._stream(), self._whole(), self.real()
+        norm, gate, up, down = self._several(4)
+        self._result(runs, lambda: torch.ops.skipc.gated_mlp(source, norm, eps, gate, up, down, activation, residual))
+
+    def _result(self, runs: bool, make: Callable[[], torch.Tensor]) -> None:
+        self.results.append(make() if runs else None)
+
+    def _pass(self, runs: bool) -> None:
+        source, result = self._stream(), self._whole()
+        if runs:
+            assert self.gates is not None
+            scale = float(self.gates.table.scale[self.site])
+            self.results[result] = source if scale == 1 else (source.float() * scale).to(source.dtype)
+
+    def _measure(self, runs: bool) -> None:
+        self.before[self.site], after = self._stream(), self._stream()
+        assert self.gates is not None
+        if runs and (self.gates.table.measures or self.gates.table.threshold[self.site].isfinite()):
+            before = self.before[int(self.gates.table.since[self.site])]
+            found = self.gates.moments[self.site] = stream_moments(before, after).flatten(0, -2)
+            self.gates.note(self.site, found)
+
+
+def _gates_of(tensors: Sequence[torch.Tensor], rule: int) -> Gates:
+    skipped, threshold, closes, scale, since, moments, *valid = tensors
+    table = GateTable(("",) * len(skipped), skipped, threshold, closes, scale, since, BATCH_RULES[rule % 4], rule >= 4)
+    return Gates(table, skipped, moments, *valid)
 
 
 library.impl("chain", chain, "CompositeExplicitAutograd")
@@ -149,7 +276,11 @@ class BoundChain:
         self._call = ops.call_chain.default
         weakref.finalize(self, ops.free_chain, self._handle)
 
-    def __call__(self, x: torch.Tensor, given: Sequence[torch.Tensor], trusted: bool = False) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, given: Sequence[torch.Tensor], trusted: bool = False, gates: Gates | None = None
+    ) -> torch.Tensor:
         """:func:`chain` on ``x``. ``trusted``: nobody can have moved or resized the fixed operands since the last call.
         (Looking at them takes longer than a small layer.)"""
-        return self._call(self._handle, x, given, trusted)  # type: ignore[no-any-return]
+        if gates is None:
+            return self._call(self._handle, x, given, trusted, (), 0)  # type: ignore[no-any-return]
+        return self._call(self._handle, x, given, trusted, gates.tensors, gates.rule)  # type: ignore[no-any-return]

@@ -111,6 +111,7 @@ def module_paths(node: fx.Node) -> list[str]:
         path = re.sub(r"^[LG]\['[^']*'\]", "", path)
         path = re.sub(r"(?:\._modules)?\['?([^'\]]+)'?\]", r".\1", path)
         path = re.sub(r"@\d+", "", path).strip(".")
+        path = re.sub(r"\.\w*forward\.__self__", "", path)  # a forward that somebody wrapped and set on the instance
         if path and (not paths or paths[-1] != path):
             paths.append(path)
     return paths

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from skipc.kernels.chain import ENTRY, NOTHING, BoundChain, Links
+from skipc.kernels.chain import ENTRY, NOTHING, BoundChain, Gates, Links
 
-from skipc.ir.program import Arm, Input, KernelCall, ProgramSpec, Var
+from skipc.ir.program import Arm, Input, KernelCall, KVPolicy, ProgramSpec, Step, Var
 
-BoundCall = Callable[[torch.Tensor, Sequence[torch.Tensor], bool], torch.Tensor]
+BoundCall = Callable[..., torch.Tensor]  # (entry, operands, trusted, gates)
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Chain:
         parameters: its operands that are parameters of the model (and buffers, if it does not write them).
         others: its other operands.
         written: those that it writes.
+        sites: numbers of the sites whose gates it asks.
     """
 
     first: int
@@ -35,6 +36,7 @@ class Chain:
     parameters: tuple[str, ...]
     others: tuple[str, ...]
     written: tuple[str, ...]
+    sites: frozenset[int] = frozenset()
 
     def operands_in(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The operands among ``names``, and the others."""
@@ -52,16 +54,18 @@ class Chain:
             chain = self._bound(values, others)
             touched = [values[name] for name in self.written if name in values]
 
-            def call(x: torch.Tensor, given: Sequence[torch.Tensor], trusted: bool) -> torch.Tensor:
+            def call(
+                x: torch.Tensor, given: Sequence[torch.Tensor], trusted: bool, gates: Gates | None = None
+            ) -> torch.Tensor:
                 torch._C._increment_version([*touched, *(given[i] for i in later)])
-                return chain(x, given, trusted)
+                return chain(x, given, trusted, gates)
 
             return call
 
         return bind
 
-    def function(self) -> Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]:
-        """The chain as a function of its entry, its parameters and its other operands."""
+    def function(self) -> Callable[..., torch.Tensor]:
+        """The chain as a function of its entry, its parameters, its other operands and, if it has them, its gates."""
         bound: tuple[weakref.ref[torch.Tensor], tuple[int, ...], BoundChain] | None = None
         # What is bound is kept alive by it. So that it dies with the model, the first parameter is not bound, but
         # handed over at each call, and its death ends the binding.
@@ -72,14 +76,19 @@ class Chain:
             nonlocal bound
             bound = None
 
-        def call(x: torch.Tensor, parameters: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
+        def call(
+            x: torch.Tensor,
+            parameters: Sequence[torch.Tensor],
+            others: Sequence[torch.Tensor],
+            gates: Gates | None = None,
+        ) -> torch.Tensor:
             nonlocal bound
             now, identities = bound, tuple(map(id, parameters))
             if now is None or now[0]() is not parameters[0] or now[1] != identities:  # another instance, or edited
                 chain = self._bound(dict(zip(kept, parameters[1:], strict=True)), (anchor, *self.others))
                 now = bound = weakref.ref(parameters[0], end), identities, chain
             torch._C._increment_version([others[i] for i in written])
-            return now[2](x, (parameters[0], *others))
+            return now[2](x, (parameters[0], *others), gates=gates)
 
         return call
 
@@ -89,17 +98,53 @@ class Chain:
         return BoundChain(self.links, [values.get(name) for name in tensors], places)
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """How one step runs: in one arm, or in one of two, as the gate of ``site`` says at run time."""
+
+    step: Step
+    arm: Arm
+    skip: Arm | None = None
+    site: int = -1
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        arms = (self.arm,) if self.skip is None else (self.arm, self.skip)
+        stream = () if self.skip is None else self.step.stream or ()
+        return (*stream, *(n for a in arms for n in (*a.inputs, *(source for _, source in a.copies))))
+
+
 def chains_of(spec: ProgramSpec, arms: Sequence[int]) -> list[Chain]:
     """The longest chains in ``spec`` with one arm chosen for each step, in order."""
-    chosen = [step.arms[a] for step, a in zip(spec.steps, arms, strict=True)]
-    last_use = {v.name: len(chosen) for v in spec.outputs if isinstance(v, Var)}
-    for i in reversed(range(len(chosen))):
-        for name in (*chosen[i].inputs, *(source for _, source in chosen[i].copies)):
+    return _longest(spec, [_Choice(step, step.arms[a]) for step, a in zip(spec.steps, arms, strict=True)])
+
+
+def gated_chains_of(spec: ProgramSpec, kv: KVPolicy) -> list[Chain]:
+    """The same with the arms of sites left open: each chain asks the gates that it is called with."""
+    places = {site.name: i for i, site in enumerate(spec.sites)}
+    choices: list[_Choice | None] = []
+    for step in spec.steps:
+        if not step.sites:
+            choices.append(_Choice(step, step.arms[0]))
+        elif len(step.sites) == 1 and step.stream is not None:
+            skip = step.arms[step.arm_for(frozenset(step.sites), kv)]
+            choices.append(_Choice(step, step.arms[0], skip, places[step.sites[0]]))
+        else:
+            choices.append(None)
+    return _longest(spec, choices)
+
+
+def _longest(spec: ProgramSpec, choices: Sequence[_Choice | None]) -> list[Chain]:
+    last_use = {v.name: len(choices) for v in spec.outputs if isinstance(v, Var)}
+    for i, choice in reversed(list(enumerate(choices))):
+        arms = spec.steps[i].arms if choice is None else ()
+        read = [n for a in arms for n in (*a.inputs, *(source for _, source in a.copies))]
+        for name in choice.reads if choice is not None else read:
             last_use.setdefault(name, i)
     chains: list[Chain] = []
     i = 0
-    while i < len(chosen):
-        chain = _Builder(spec, chosen, last_use, i).longest()
+    while i < len(choices):
+        chain = _Builder(spec, choices, last_use, i).longest()
         if chain is not None:
             chains.append(chain)
         i = chain.last + 1 if chain is not None else i + 1
@@ -107,34 +152,63 @@ def chains_of(spec: ProgramSpec, arms: Sequence[int]) -> list[Chain]:
 
 
 class _Builder:
-    def __init__(self, spec: ProgramSpec, chosen: list[Arm], last_use: dict[str, int], first: int):
-        self.spec, self.chosen, self.last_use, self.first = spec, chosen, last_use, first
+    def __init__(self, spec: ProgramSpec, choices: Sequence[_Choice | None], last_use: dict[str, int], first: int):
+        self.spec, self.choices, self.last_use, self.first = spec, choices, last_use, first
         self.parameters = {spec.inputs[i] for i in spec.parameters}
         self.links = Links()
         self.entry: str | None = None
         self.values: dict[str, int] = {}  # variables made in the chain: a result, or the entry
         self.counted: set[str] = set()
         self.written: dict[str, None] = {}
+        self.gate: tuple[int, bool] | None = None  # under which the next links run
+        self.sites: set[int] = set()
 
     def longest(self) -> Chain | None:
         best = None
-        for i in range(self.first, len(self.chosen)):
-            if not self._append(self.chosen[i]):
+        for i in range(self.first, len(self.choices)):
+            choice = self.choices[i]
+            if choice is None or not (self._append(choice.arm) if choice.skip is None else self._gated(choice)):
                 break
             best = self._ended(i) or best
         return best
 
+    def _gated(self, choice: _Choice) -> bool:
+        """Both arms, one of which is empty at run time, and the similarity of the stream around them."""
+        run, skip, site = choice.arm, choice.skip, choice.site
+        assert skip is not None
+        assert choice.step.stream is not None
+        if run.copies or len(run.outputs) != 1 or skip.outputs or len(skip.copies) != 1:
+            return False
+        (result,), (passed, source), (before, after) = run.outputs, skip.copies[0], choice.step.stream
+        if not passed == result == after:
+            return False
+        counted, self.gate = set(self.counted), (site, False)
+        if not self._append(run) or source not in self.values or before not in self.values:
+            return False
+        counted_by_run, self.counted, self.gate = self.counted, counted, (site, True)
+        if skip.region is not None and not self._kernels(skip):
+            return False
+        self.counted |= counted_by_run
+        self.gate = None
+        self.sites.add(site)
+        self.links.forward(site, self.values[source], self.values[result])
+        self.links.measure(site, self.values[before], self.values[result])
+        return True
+
     def _append(self, arm: Arm) -> bool:
         """Add the step that runs ``arm``; False if it cannot be part of this chain (which is then of no use)."""
-        if arm.region is not None:
-            kernels = self.spec.regions[arm.region].kernels
-            if not kernels or not all(self._link(call, arm) for call in kernels):
-                return False
+        if arm.region is not None and not self._kernels(arm):
+            return False
         for name, source in arm.copies:
             if source not in self.values:
                 return False
             self.values[name] = self.values[source]
         return self.entry is not None
+
+    def _kernels(self, arm: Arm) -> bool:
+        assert arm.region is not None
+        kernels = self.spec.regions[arm.region].kernels
+        return bool(kernels) and all(self._link(call, arm) for call in kernels)
 
     def _link(self, call: KernelCall, arm: Arm) -> bool:
         def named(value: object) -> object:
@@ -143,6 +217,8 @@ class _Builder:
             return arm.inputs[value.index] if isinstance(value, Input) else value
 
         arguments: tuple = tuple(map(named, call.arguments))  # type: ignore[type-arg]
+        if self.gate is not None:
+            self.links.when(*self.gate)
         if call.name == "count":
             counter, amount = arguments
             self.written[counter] = None
@@ -195,4 +271,5 @@ class _Builder:
             return None
         others = tuple(name for name in operands if name not in parameters)
         written = tuple(name for name in others if name in self.written)
-        return Chain(self.first, last, self.entry, tuple(outputs), links, parameters, others, written)
+        sites = frozenset(self.sites)
+        return Chain(self.first, last, self.entry, tuple(outputs), links, parameters, others, written, sites)

@@ -23,20 +23,25 @@ def source_of(spec: ProgramSpec) -> str:
     return "\n".join([*lines, *_ending(spec, late)]) + "\n"
 
 
-def source_for(spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Chain]) -> str:
+def source_for(spec: ProgramSpec, arms: Sequence[int] | None, chains: Sequence[Chain]) -> str:
     """The same with the arms chosen, ``program(inputs)``, and steps joined to ``chains``, which are called by the names
-    ``chain_0``, ``chain_1``, ... with what the first link reads, parameters, and other operands."""
+    ``chain_0``, ``chain_1``, ... with what the first link reads, parameters, and other operands. Without ``arms``, a
+    :class:`~skipc.runtime.gating.GatedCall` chooses while the program runs: ``program(inputs, gates)``."""
+    gates = "" if arms is not None else ", gates"
 
     def call(k: int, chain: Chain) -> list[str]:
         parameters, others = ([f"{n}," for n in names] for names in (chain.parameters, chain.others))
-        return _wrapped(f"    joined = chain_{k}({chain.entry}, (", [*parameters, "),", "(", *others], "))")
+        end = f"), gates.gates({chain.entry}))" if gates else "))"
+        return _wrapped(f"    joined = chain_{k}({chain.entry}, (", [*parameters, "),", "(", *others], end)
 
-    return "\n".join(["def program(inputs):", *_unpacked(spec), *_chosen(spec, arms, chains, call)]) + "\n"
+    return "\n".join([f"def program(inputs{gates}):", *_unpacked(spec), *_chosen(spec, arms, chains, call)]) + "\n"
 
 
-def bound_source_for(spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Chain]) -> str:
-    """The same for inputs that stay: ``bind(inputs)`` returns ``program(trusted)``. Its chains are made by ``bind_0``,
-    ``bind_1``, ... of operands that are inputs, and called with what the first link reads and the other operands."""
+def bound_source_for(spec: ProgramSpec, arms: Sequence[int] | None, chains: Sequence[Chain]) -> str:
+    """The same for inputs that stay: ``bind(inputs)`` returns ``program(trusted)``, or ``program(trusted, gates)``.
+    Its chains are made by ``bind_0``, ``bind_1``, ... of operands that are inputs, and called with what the first link
+    reads and the other operands."""
+    gates = "" if arms is not None else ", gates"
     lines = ["def bind(inputs):", *_unpacked(spec)]
     for k, chain in enumerate(chains):
         stay, _ = chain.operands_in(spec.inputs)
@@ -44,17 +49,19 @@ def bound_source_for(spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Ch
 
     def call(k: int, chain: Chain) -> list[str]:
         _, given = chain.operands_in(spec.inputs)
-        return _wrapped(f"    joined = chain_{k}({chain.entry}, (", [f"{n}," for n in given], "), trusted)")
+        end = f"), trusted, gates.gates({chain.entry}))" if gates else "), trusted)"
+        return _wrapped(f"    joined = chain_{k}({chain.entry}, (", [f"{n}," for n in given], end)
 
     body = [f"    {line}" for line in _chosen(spec, arms, chains, call)]
-    return "\n".join([*lines, "    def program(trusted):", *body, "    return program"]) + "\n"
+    return "\n".join([*lines, f"    def program(trusted{gates}):", *body, "    return program"]) + "\n"
 
 
 def _chosen(
-    spec: ProgramSpec, arms: Sequence[int], chains: Sequence[Chain], call: Callable[[int, Chain], list[str]]
+    spec: ProgramSpec, arms: Sequence[int] | None, chains: Sequence[Chain], call: Callable[[int, Chain], list[str]]
 ) -> list[str]:
     lines: list[str] = []
-    chosen = [step.arms[a] for step, a in zip(spec.steps, arms, strict=True)]
+    steps = spec.steps
+    chosen = [s.arms for s in steps] if arms is None else [(s.arms[a],) for s, a in zip(steps, arms, strict=True)]
     starts = {chain.first: (k, chain) for k, chain in enumerate(chains)}
     late, made, i = False, set(), 0
     while i < len(chosen):
@@ -68,10 +75,11 @@ def _chosen(
             lines.append("    del joined")
         else:
             lines.append(f"    # {spec.steps[i].label}")
-            lines += ["    late = []"] if chosen[i].late and not late else []
-            late |= chosen[i].late
-            lines += _arm(spec, chosen[i], "    ")
-            made |= {*chosen[i].outputs, *(name for name, _ in chosen[i].copies)}
+            waits = any(arm.late for arm in chosen[i])
+            lines += ["    late = []"] if waits and not late else []
+            late |= waits
+            lines += _arm(spec, chosen[i][0], "    ") if len(chosen[i]) == 1 else _step(spec, spec.steps[i], i, "gates")
+            made |= {n for a in chosen[i] for n in (*a.outputs, *(name for name, _ in a.copies))}
             done = range(i, i + 1)
         lines += _releases([n for j in done for n in spec.steps[j].releases if n in made])
         i = done.stop
@@ -93,14 +101,17 @@ def _releases(names: Sequence[str]) -> list[str]:
     return _wrapped("    del ", [f"{n}," for n in names[:-1]] + [names[-1]], "") if names else []
 
 
-def _step(spec: ProgramSpec, step: Step, index: int) -> list[str]:
+def _step(spec: ProgramSpec, step: Step, index: int, gates: str | None = None) -> list[str]:
     if len(step.arms) == 1:
         return _arm(spec, step.arms[0], "    ")
-    lines = [f"    arm = arms[{index}]"]
+    lines = [f"    arm = arms[{index}]" if gates is None else f"    arm = {gates}.arm({index})"]
     for i, arm in enumerate(step.arms):
         test = f"{'if' if i == 0 else 'elif'} arm == {i}:"
         note = f"  # {'run' if i == 0 else 'without ' + ', '.join(sorted(arm.skipped)) + f' (kv={arm.kv})'}"
         lines += [f"    {test}{note}", *(_arm(spec, arm, "        ") or ["        pass"])]
+    if gates is not None and step.stream is not None:
+        before, after = step.stream
+        lines.append(f"    {after} = {gates}.ran({index}, {before}, {after})")
     return lines
 
 

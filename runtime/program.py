@@ -13,20 +13,22 @@ from typing import Any
 import torch
 from skipc.kernels.similarity import stream_similarity
 from skipc.runtime import sessions
-from skipc.runtime.chaining import chains_of
+from skipc.runtime.chaining import Chain, chains_of, gated_chains_of
 from skipc.runtime.codegen import bound_source_for, source_for
+from skipc.runtime.gating import GatedCall, GatedSpec
 from skipc.runtime.huge_pages import back_with_huge_pages
 from skipc.runtime.replay import note_call
 
 from skipc.ir.errors import PassError, PlanError
-from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Step, Var
+from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Size, Step, Var
 
 _MAX_BOUND = 256  # plans that a program keeps ready
 _serial = itertools.count()
 
 Arms = tuple[int, ...]
 Stream = tuple[tuple[torch.Tensor, int], ...]  # points of a residual stream, with their versions
-BoundProgram = Callable[[bool], tuple[Any, ...]]
+Selection = Arms | KVPolicy  # one arm for each step; or all that a KV policy allows, of which gates choose
+BoundProgram = Callable[..., tuple[Any, ...]]  # (trusted, and a gated call if gates choose)
 RegionFunction = Callable[[list[Any]], Sequence[Any]]
 
 
@@ -63,24 +65,31 @@ class Program:
         self.huge_pages = huge_pages
         self.exact: Arms = (0,) * len(spec.steps)
         self.site_names = frozenset(s.name for s in spec.sites)
-        self._bound: dict[Arms, Callable[[Sequence[Any]], tuple[Any, ...]]] = {}
-        self._binders: dict[Arms, Callable[[Sequence[Any]], BoundProgram]] = {}
+        self._bound: dict[Selection, Callable[..., tuple[Any, ...]]] = {}
+        self._binders: dict[Selection, Callable[[Sequence[Any]], BoundProgram]] = {}
+        self._gated: dict[KVPolicy, GatedSpec] = {}
+        self._sites_of_chains: dict[KVPolicy, list[frozenset[int]]] = {}
         self._plans: dict[tuple[frozenset[str], KVPolicy], Arms] = {}
 
-    def _bind(self, arms: Arms) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-        """The program with these arms, as Python code of its own."""
-        chains = chains_of(self.spec, arms)
-        scope = {f"chain_{k}": chain.function() for k, chain in enumerate(chains)}
-        return self._executed(source_for(self.spec, arms, chains), "program", scope)  # type: ignore[no-any-return]
+    def _chains(self, selection: Selection) -> list[Chain]:
+        return gated_chains_of(self.spec, selection) if isinstance(selection, str) else chains_of(self.spec, selection)
 
-    def bound(self, arms: Arms, inputs: Sequence[Any]) -> BoundProgram:
+    def _bind(self, selection: Selection) -> Callable[..., tuple[Any, ...]]:
+        """The program with these arms, as Python code of its own."""
+        chains = self._chains(selection)
+        scope = {f"chain_{k}": chain.function() for k, chain in enumerate(chains)}
+        source = source_for(self.spec, None if isinstance(selection, str) else selection, chains)
+        return self._executed(source, "program", scope)  # type: ignore[no-any-return]
+
+    def bound(self, selection: Selection, inputs: Sequence[Any]) -> BoundProgram:
         """The program with these arms on inputs that stay."""
-        if arms not in self._binders:
-            chains = chains_of(self.spec, arms)
+        if selection not in self._binders:
+            chains = self._chains(selection)
             scope = {f"bind_{k}": chain.bind(self.spec.inputs) for k, chain in enumerate(chains)}
+            source = bound_source_for(self.spec, None if isinstance(selection, str) else selection, chains)
             _make_room(self._binders)
-            self._binders[arms] = self._executed(bound_source_for(self.spec, arms, chains), "bind", scope)
-        return self._binders[arms](inputs)
+            self._binders[selection] = self._executed(source, "bind", scope)
+        return self._binders[selection](inputs)
 
     def _executed(self, source: str, function: str, scope: dict[str, Any]) -> Any:
         scope |= {r.name: f for r, f in zip(self.spec.regions, self.functions, strict=True)}
@@ -105,18 +114,44 @@ class Program:
         """Identities of the parameters and buffers in a call: which instance of the model it is."""
         return [id(inputs[i]) for i in self.spec.parameters]
 
-    def run(self, inputs: Sequence[Any], arms: Arms) -> tuple[Any, ...]:
-        """Run with one arm chosen for each step."""
-        program = self._bound.get(arms)
-        if program is None:
+    def extent(self, inputs: Sequence[Any]) -> tuple[int, int]:
+        """Batch and tokens of a call; 0 where the program cannot tell."""
+        return tuple(_size(size, inputs) for size in self.spec.extent)  # type: ignore[return-value]
+
+    def run(self, inputs: Sequence[Any], how: Arms | GatedCall) -> tuple[Any, ...]:
+        """Run with one arm chosen for each step, or with gates that choose as the program goes."""
+        selection = _selection(how)
+        program = self._bound.get(selection)
+        if isinstance(how, GatedCall) and program is not None and not self.joins(how):
+            outputs, _ = self._walk(inputs, how)
+        elif program is None:
             if self.huge_pages and not self._bound:
                 back_with_huge_pages(inputs[i] for i in self.spec.parameters)
-            outputs, _, _ = self._walk(inputs, arms, keep_streams=False)  # looks at what each region is given
+            outputs, _ = self._walk(inputs, how)  # looks at what each region is given
             _make_room(self._bound)
-            self._bound[arms] = self._bind(arms)
+            self._bound[selection] = self._bind(selection)
         else:
-            outputs = program(inputs)
-        return outputs if arms is self.exact else self.unshared(inputs, outputs)
+            outputs = program(inputs, how) if isinstance(how, GatedCall) else program(inputs)
+        return outputs if how is self.exact else self.unshared(inputs, outputs)
+
+    def gated(self, kv: KVPolicy) -> GatedSpec:
+        """The program's arms under ``kv``, for calls whose gates are open.
+
+        Raises:
+            PlanError: if some site cannot be skipped under ``kv``.
+        """
+        if kv not in self._gated:
+            self._gated[kv] = GatedSpec(self.spec, kv)
+        return self._gated[kv]
+
+    def joins(self, call: GatedCall) -> bool:
+        """Whether each chain holds all the points of the stream that its sites are compared with."""
+        spans, kv = call.table.spans, call.plan.kv
+        if not spans:
+            return True
+        if kv not in self._sites_of_chains:
+            self._sites_of_chains[kv] = [chain.sites for chain in gated_chains_of(self.spec, kv)]
+        return all(first in sites for sites in self._sites_of_chains[kv] for i, first in spans.items() if i in sites)
 
     def unshared(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """A skipped site hands the same tensor on. Where the caller gets several points of a stream, or one that it
@@ -158,7 +193,8 @@ class Program:
         Raises:
             PassError: if a region gets a tensor of another layout than it was compiled for.
         """
-        outputs, seconds, streams = self._walk(inputs, arms, keep_streams=True)
+        streams: list[Stream] = []
+        outputs, seconds = self._walk(inputs, arms, streams)
         measured = [
             Measurement(step.sites, took, _similarity(stream))  # after all steps: it disturbs no clock
             for step, took, stream in zip(self.spec.steps, seconds, streams, strict=True)
@@ -167,15 +203,15 @@ class Program:
         return (outputs if arms is self.exact else self.unshared(inputs, outputs)), measured
 
     def _walk(
-        self, inputs: Sequence[Any], arms: Arms, keep_streams: bool
-    ) -> tuple[tuple[Any, ...], list[float], list[Stream]]:
-        """The program step by step: outputs, seconds of each step, and the stream around it."""
+        self, inputs: Sequence[Any], how: Arms | GatedCall, streams: list[Stream] | None = None
+    ) -> tuple[tuple[Any, ...], list[float]]:
+        """The program step by step: outputs, and seconds of each step; ``streams`` gets the stream around it."""
         scope = dict(zip(self.spec.inputs, inputs, strict=True))
+        gates = how if isinstance(how, GatedCall) else None
         wait = _wait_for(inputs)
         seconds: list[float] = []
-        streams: list[Stream] = []
-        for step, index in zip(self.spec.steps, arms, strict=True):
-            arm = step.arms[index]
+        for i, step in enumerate(self.spec.steps):
+            arm = step.arms[how.arm(i) if isinstance(how, GatedCall) else how[i]]
             function = self.functions[arm.region] if arm.region is not None else None
             arguments = [scope[n] for n in arm.inputs]
             _check_layouts(step, arm, arguments)
@@ -186,12 +222,15 @@ class Program:
             seconds.append(time.perf_counter() - start)
             scope.update(zip(arm.outputs, results, strict=True))
             scope.update({name: scope[value] for name, value in arm.copies})
-            if keep_streams:
+            if gates is not None and step.stream is not None:
+                before, after = step.stream
+                scope[after] = gates.ran(i, scope[before], scope[after])
+            if streams is not None:
                 points = [scope[n] for n in step.stream or ()]
                 streams.append(tuple((t, 0 if t.is_inference() else t._version) for t in points))
             for name in step.releases:
                 scope.pop(name, None)
-        return tuple(scope[v.name] if isinstance(v, Var) else v for v in self.spec.outputs), seconds, streams
+        return tuple(scope[v.name] if isinstance(v, Var) else v for v in self.spec.outputs), seconds
 
 
 class Repeated:
@@ -200,8 +239,8 @@ class Repeated:
     def __init__(self, program: Program, inputs: Sequence[Any]):
         self.program, self.inputs = program, inputs
         self._parameters = program.parameters_of(inputs)
-        self._steps: dict[Arms, BoundProgram] = {}
-        self._checked: set[Arms] = set()  # plans that have looked at the inputs since they may have changed
+        self._steps: dict[Selection, BoundProgram] = {}
+        self._checked: set[Selection] = set()  # plans that have looked at the inputs since they may have changed
 
     def __call__(self, trusted: bool) -> tuple[Any, ...]:
         """The next outputs. ``trusted``: no code that could have moved or resized an input has run since the last."""
@@ -210,16 +249,31 @@ class Repeated:
         session = sessions.session_for(self._parameters) if sessions.any_open() else None
         return self._run(self.program.exact) if session is None else session.call(self.program, self.inputs, self._run)
 
-    def _run(self, arms: Arms) -> tuple[Any, ...]:
-        program, step = self.program, self._steps.get(arms)
+    def _run(self, how: Arms | GatedCall) -> tuple[Any, ...]:
+        program, selection = self.program, _selection(how)
+        step = self._steps.get(selection)
+        if isinstance(how, GatedCall) and not program.joins(how):
+            return program.run(self.inputs, how)
         if step is None:
-            outputs = program.run(self.inputs, arms)  # the first call of a plan looks at what regions are given
+            outputs = program.run(self.inputs, how)  # the first call of a plan looks at what regions are given
             _make_room(self._steps)
-            self._steps[arms] = program.bound(arms, self.inputs)
+            self._steps[selection] = program.bound(selection, self.inputs)
             return outputs
-        outputs = step(arms in self._checked)
-        self._checked.add(arms)
-        return outputs if arms is program.exact else program.unshared(self.inputs, outputs)
+        trusted = selection in self._checked
+        outputs = step(trusted, how) if isinstance(how, GatedCall) else step(trusted)
+        self._checked.add(selection)
+        return outputs if how is program.exact else program.unshared(self.inputs, outputs)
+
+
+def _size(size: Size, inputs: Sequence[Any]) -> int:
+    if isinstance(size, tuple):
+        i, dim = size
+        return int(inputs[i]) if dim < 0 else int(inputs[i].shape[dim])
+    return size or 0
+
+
+def _selection(how: Arms | GatedCall) -> Selection:
+    return how.plan.kv if isinstance(how, GatedCall) else how
 
 
 def _make_room(kept: dict[Any, Any]) -> None:

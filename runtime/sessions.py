@@ -18,11 +18,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
+from skipc.runtime.policies.base import Phase, Policy
+from skipc.runtime.policies.static import Static
+from skipc.runtime.steering import Steering, steering_for
 
 from skipc.ir.errors import FallbackError, SessionError, SessionThreadError, UnknownSiteError
 from skipc.ir.program import KVPolicy
+from skipc.ir.route import Route
 
 if TYPE_CHECKING:
+    from skipc.runtime.gating import GatedCall
     from skipc.runtime.program import Arms, Measurement, Program
 
 P = ParamSpec("P")
@@ -39,11 +44,16 @@ class SessionStats:
     recompiles: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     similarity: dict[str, float] = field(default_factory=dict)
+    histogram: dict[str, list[int]] = field(default_factory=dict)  # tokens by similarity: see similarity_stats.EDGES
+    agreement: dict[str, float] = field(
+        default_factory=dict
+    )  # share of a call's tokens on the same side of a threshold
 
     def __str__(self) -> str:
         lines = [f"{self.calls} calls, {self.recompiles} recompilations"]
         for name in sorted({*self.ran, *self.skipped}):
-            lines.append(f"  {name}: ran {self.ran[name]}, skipped {self.skipped[name]}")
+            similar = f", similarity {self.similarity[name]:.4f}" if name in self.similarity else ""
+            lines.append(f"  {name}: ran {self.ran[name]}, skipped {self.skipped[name]}{similar}")
         return "\n".join(lines)
 
 
@@ -55,6 +65,10 @@ class Session:
         skip: names of sites to leave out, in every call of the session.
         kv: what skipped attentions write to their caches; None means as the model was compiled.
         measure: also time each site and take similarities (slower; results are the same).
+        policy: decides before and in each call what to skip (see :mod:`skipc.runtime.policies`), instead of ``skip``.
+            It is copied: its memory belongs to this session.
+        record: keep what each call did as :attr:`route`.
+        route: do what a recorded route says, call by call.
 
     Raises:
         UnknownSiteError: for a name that the model has no site of.
@@ -68,17 +82,25 @@ class Session:
         skip: Iterable[str] = (),
         kv: KVPolicy | None = None,
         measure: bool = False,
+        policy: Policy | None = None,
+        record: bool = False,
+        route: Route | None = None,
     ):
         if isinstance(skip, str):
             raise TypeError("skip is a collection of site names, not one string")
         if kv not in (None, "project", "none"):
             raise SessionError(f"kv is 'project' or 'none', not {kv!r}")
+        if policy is not None and not isinstance(policy, Policy):
+            raise TypeError(f"policy is a skipc.Policy, not {type(policy).__name__}")
         self.model = model
         self.skip = frozenset(skip)
+        if (self.skip or measure) and (policy is not None or route is not None):
+            raise SessionError("a policy or a route goes with neither skip nor measure; skipc.Static skips a fixed set")
+        self.steering = steering_for(policy or (Static(self.skip) if record else None), record, route)
         self.kv = kv
         self.measuring = measure
         self.parameters = _parameters(model)
-        self._counts: Counter[tuple[Program, Arms]] = Counter()
+        self._counts: Counter[tuple[Program, Arms | frozenset[str]]] = Counter()  # by arms, or by what was skipped
         self._measured: list[Measurement] = []
         self._compilations = 0
         self._unreached = set(self.skip)
@@ -138,14 +160,20 @@ class Session:
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def call(
-        self, program: Program, inputs: Sequence[Any], run: Callable[[Any], tuple[Any, ...]] | None = None
+        self,
+        program: Program,
+        inputs: Sequence[Any],
+        run: Callable[[Arms | GatedCall], tuple[Any, ...]] | None = None,
     ) -> tuple[Any, ...]:
-        """Run ``program`` as this session asks; by ``run``, which takes the arms, if that is given."""
-        if program.partial and self.skip:
+        """Run ``program`` as this session asks; by ``run``, which takes the arms or gates, if that is given."""
+        if program.partial and (self.skip or self.steering is not None):
             raise FallbackError(f"a session cannot skip in a model with graph breaks: {program.partial}")
         if self.skip and program not in self._checked:
             self._check(program, inputs)
-        arms = program.arms_for(self.skip, self.kv or program.default_kv)
+        kv = self.kv or program.default_kv
+        if self.steering is not None:
+            return self._steered(self.steering, program, inputs, kv, run)
+        arms = program.arms_for(self.skip, kv)
         with self._lock:
             self._counts[program, arms] += 1
         if not self.measuring:
@@ -154,6 +182,46 @@ class Session:
         with self._lock:
             self._measured += measured
         return outputs
+
+    def _steered(
+        self,
+        steering: Steering,
+        program: Program,
+        inputs: Sequence[Any],
+        kv: KVPolicy,
+        run: Callable[[Arms | GatedCall], tuple[Any, ...]] | None,
+    ) -> tuple[Any, ...]:
+        with self._lock:  # a policy sees one call after the other
+            call, table, how = steering.choose(program, inputs, kv)
+            outputs = program.run(inputs, how) if run is None else run(how)
+            self._counts[program, steering.ran(call, table, program, how)] += 1
+        return outputs
+
+    @property
+    def phase(self) -> Phase | None:
+        """What policies take calls for: ``prefill``, ``decode``, or None, to let them judge: one token behind others is
+        ``decode``."""
+        return self.steering.phase if self.steering is not None else None
+
+    @phase.setter
+    def phase(self, phase: Phase | None) -> None:
+        if phase not in (None, "prefill", "decode"):
+            raise SessionError(f"phase is 'prefill', 'decode' or None, not {phase!r}")
+        if self.steering is not None:
+            self.steering.phase = phase
+
+    def note_mask(self, mask: object) -> None:
+        """The padding mask of the coming call, int or bool ``[batch, tokens]`` or of the whole context; None if it has
+        none. ``skipc.compile``'s handles call this; call it where ``torch.compile`` made the function."""
+        if self.steering is not None:
+            self.steering.mask = mask if isinstance(mask, torch.Tensor) else None
+
+    @property
+    def route(self) -> Route:
+        """What the session did, if it was opened with ``record=True``."""
+        if self.steering is None or self.steering.route is None:
+            raise SessionError("nothing was recorded: open the session with record=True")
+        return self.steering.route
 
     @property
     def calls(self) -> int:
@@ -167,8 +235,8 @@ class Session:
         stats.recompiles = now
         with self._lock:
             counts, measured = dict(self._counts), list(self._measured)
-        for (program, arms), count in counts.items():
-            skipped = program.skipped_by(arms)
+        for (program, how), count in counts.items():
+            skipped = how if isinstance(how, frozenset) else program.skipped_by(how)
             for name in program.site_names:
                 (stats.skipped if name in skipped else stats.ran)[name] += count
         totals: dict[str, list[Measurement]] = {}
@@ -180,6 +248,9 @@ class Session:
             similar = [m.similarity for m in found if m.similarity is not None]
             if similar:
                 stats.similarity[name] = sum(similar) / len(similar)
+        if self.steering is not None:
+            seen = self.steering.statistics
+            stats.similarity, stats.histogram, stats.agreement = seen.means(), seen.histograms(), seen.agreements()
         return stats
 
     def _check(self, program: Program, inputs: Sequence[Any]) -> None:

@@ -24,9 +24,23 @@ if TYPE_CHECKING:
         UnknownSiteError,
         VersionError,
     )
+    from skipc.ir.gating import GateTable
+    from skipc.ir.route import Route
     from skipc.ir.site import Reason, Rejection, Site, SiteKind, SiteReport
     from skipc.model import CompiledModel, compile, session
     from skipc.runtime.generation import generate
+    from skipc.runtime.policies import (
+        AdaSkip,
+        Call,
+        EarlyExit,
+        FFNSkip,
+        Lagged,
+        Observe,
+        Policy,
+        SkipDecode,
+        Static,
+        Unified,
+    )
     from skipc.runtime.sessions import Session, SessionStats
 
 __version__ = "0.1.0"
@@ -41,15 +55,21 @@ _HOME = {
     "skipc.ir.site": ["Reason", "Rejection", "Site", "SiteKind", "SiteReport"],
     "skipc.model": ["CompiledModel", "compile", "session"],
     "skipc.runtime.generation": ["generate"],
+    "skipc.ir.gating": ["GateTable"],
+    "skipc.ir.route": ["Route"],
+    "skipc.runtime.policies": [
+        "AdaSkip", "Call", "EarlyExit", "FFNSkip", "Lagged", "Observe", "Policy", "SkipDecode", "Static", "Unified",
+    ],
     "skipc.runtime.sessions": ["Session", "SessionStats"],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "AlreadyCompiledError", "CompiledModel", "Config", "ConfigError", "Explanation", "FallbackError",
-    "NoResidualStreamError", "PassError", "PlanError", "Reason", "Rejection", "Session",
-    "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipcError",
-    "UnknownSiteError", "VersionError", "compile", "explain", "find_sites", "generate", "list_options", "session",
+    "AdaSkip", "AlreadyCompiledError", "Call", "CompiledModel", "Config", "ConfigError", "EarlyExit", "Explanation",
+    "FFNSkip", "FallbackError", "GateTable", "Lagged", "NoResidualStreamError", "Observe", "PassError", "PlanError",
+    "Policy", "Reason", "Rejection", "Route", "Session", "SessionError", "SessionStats", "SessionThreadError", "Site",
+    "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified", "UnknownSiteError", "VersionError",
+    "compile", "explain", "find_sites", "generate", "list_options", "session",
 ]  # fmt: skip
 
 

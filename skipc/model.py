@@ -16,7 +16,9 @@ from skipc.dynamo import compile_isolated
 from skipc.ir.config import Config
 from skipc.ir.errors import AlreadyCompiledError, ConfigError, FallbackError
 from skipc.ir.program import KVPolicy
+from skipc.ir.route import Route
 from skipc.runtime import sessions
+from skipc.runtime.policies.base import Policy
 from skipc.runtime.sessions import Session
 
 log = logging.getLogger("skipc")
@@ -60,6 +62,8 @@ class CompiledModel:
             _mark_dynamic(args, kwargs)
         session = sessions.innermost(self.model)
         before = session.calls if session is not None else 0
+        if session is not None:
+            session.note_mask(kwargs.get("attention_mask"))
         result = self._function(*args, **kwargs)
         if session is not None and session.calls == before:
             raise FallbackError("the session cannot be honoured: the call ran without any compiled program")
@@ -76,9 +80,12 @@ class CompiledModel:
         skip: Iterable[str] = (),
         kv: KVPolicy | None = None,
         measure: bool = False,
+        policy: Policy | None = None,
+        record: bool = False,
+        route: Route | None = None,
     ) -> Session:
         """Open a session; see :class:`skipc.Session`. Use it in a ``with`` statement."""
-        return Session(self.model, skip=skip, kv=kv, measure=measure)
+        return Session(self.model, skip, kv, measure, policy, record, route)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate`` (Hugging Face), with prefill and decode compiled."""
@@ -142,17 +149,18 @@ def compile(model: torch.nn.Module, config: Config | None = None, **options: Any
     return CompiledModel(model, config or Config(**options), **compile_options)
 
 
-def session(function: Any, *, skip: Iterable[str] = (), kv: KVPolicy | None = None, measure: bool = False) -> Session:
-    """A session on what ``torch.compile(..., backend="skipc")`` returned, or on a module after ``m.compile(...)``.
+def session(function: Any, **settings: Any) -> Session:
+    """A session on what ``torch.compile(..., backend="skipc")`` returned, or on a module after ``m.compile(...)``. It
+    takes the settings of :class:`skipc.Session`.
 
     On a compiled plain function the session governs every compiled call of this thread.
     """
     if isinstance(function, CompiledModel):
-        return function.session(skip=skip, kv=kv, measure=measure)
+        return function.session(**settings)
     model = getattr(function, "_orig_mod", function)
     if not isinstance(model, torch.nn.Module):
         model = getattr(function, "__self__", None)
-    return Session(model if isinstance(model, torch.nn.Module) else None, skip=skip, kv=kv, measure=measure)
+    return Session(model if isinstance(model, torch.nn.Module) else None, **settings)
 
 
 def _mark_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -55,6 +55,12 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf")).max().item() if a.numel() else 0.0
 
 
+def assert_equal_bits(a: Any, b: Any) -> None:
+    """All floating tensors of two outputs agree in every bit (NaN equals NaN)."""
+    for x, y in zip(floats(a), floats(b), strict=True):
+        assert torch.equal(x.nan_to_num(nan=1e30), y.nan_to_num(nan=1e30))
+
+
 def _zeroed(module: torch.nn.Module, args: Any, output: Any) -> Any:
     return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 

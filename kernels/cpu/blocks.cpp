@@ -1,4 +1,5 @@
 // Whole sublayers as one kernel each, and chains of them in one parallel region. Semantics: kernels/blocks.py.
+#include <map>
 #include <memory>
 #include <mutex>
 #include <variant>
@@ -169,13 +170,79 @@ void cache_block(const Tensor& x, const Maybe& norm, double eps, const std::vect
   x.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
 }
 
+// The gates of one call: which sites are skipped, and when a similarity skips more. Semantics: kernels/chain.py, Gates.
+struct Gates {
+  int64_t sites = 0, rows = 0, rule = 0;
+  uint8_t* skipped = nullptr;         // [sites], both given and returned
+  const float* threshold = nullptr;   // [sites]
+  const uint8_t* closes = nullptr;    // [sites, sites]
+  const float* scale = nullptr;       // [sites]
+  const int64_t* since = nullptr;     // [sites]
+  float* moments = nullptr;           // [sites, rows, 3]
+  const uint8_t* valid = nullptr;     // [rows]; nullptr: all
+
+  bool measures = false;              // sites that decide nothing too
+
+  Gates(const std::vector<Tensor>& given, int64_t rule) : rule(rule % 4), measures(rule >= 4) {
+    if (given.empty()) return;
+    sites = given[0].size(0);
+    rows = given[5].size(1);
+    skipped = (uint8_t*)given[0].mutable_data_ptr();
+    threshold = (const float*)given[1].const_data_ptr();
+    closes = (const uint8_t*)given[2].const_data_ptr();
+    scale = (const float*)given[3].const_data_ptr();
+    since = (const int64_t*)given[4].const_data_ptr();
+    moments = (float*)given[5].mutable_data_ptr();
+    if (given.size() > 6) valid = (const uint8_t*)given[6].const_data_ptr();
+  }
+
+  // Whether the rows, taken together, are similar enough to close gates.
+  bool reached(int64_t site, const float* of_rows) const {
+    int64_t count = 0, above = 0;
+    double total = 0;
+    for (int64_t r = 0; r < rows; r++) {
+      if (valid && !valid[r]) continue;
+      const float* m = of_rows + 3 * r;
+      const double cosine = m[0] / std::max(std::sqrt(double(m[1])) * std::sqrt(double(m[2])), 1e-8);
+      count++;
+      above += float(cosine) >= threshold[site];
+      total += cosine;
+    }
+    if (count == 0) return false;
+    if (rule == 0) return above == count;
+    return rule == 1 ? 2 * above > count : float(total / count) >= threshold[site];
+  }
+};
+
+// Scalar product and squares of two rows, in fp32.
+template <typename T>
+void moments_of(const T* x, const T* y, int64_t width, float* out) {
+  vec sums_of[3] = {};
+  int64_t i = 0;
+  for (; i + W <= width; i += W) {
+    const vec a = load(x + i), b = load(y + i);
+    sums_of[0] += a * b;
+    sums_of[1] += a * a;
+    sums_of[2] += b * b;
+  }
+  sums<3>(sums_of, out);
+  for (; i < width; i++) {
+    const float a = widen(x[i]), b = widen(y[i]);
+    out[0] += a * b;
+    out[1] += a * a;
+    out[2] += b * b;
+  }
+}
+
 // Sublayers one after the other in one parallel region: what lies between two calls is one meeting of the threads.
 // `code` holds for each link its kind, whose output it reads and adds (-1: the entry; -2: nothing), and its own numbers.
 template <typename T>
 struct Chain {
-  enum Kind { ATTENTION, MLP, COUNT, CACHE, LINEAR };
+  enum Kind { ATTENTION, MLP, COUNT, CACHE, LINEAR, WHEN, PASS, MEASURE };
   struct Link {
+    Kind kind;
     int64_t x = 0, residual = 0, out = 0;  // indices of streams
+    int64_t site = -1, skipped = 0;        // the link runs if the site is skipped, or is not
     std::optional<AttentionBlock<T>> attention;
     std::optional<GatedMLP<T>> mlp;
     std::optional<Linears<T>> linear;
@@ -185,6 +252,7 @@ struct Chain {
   std::vector<Link> links;
   std::vector<std::unique_ptr<T[]>> results;
   std::vector<T*> streams{nullptr};  // the entry, then the results, of which the last is the caller's
+  std::map<int64_t, int64_t> before;     // the stream before each site that is measured
   std::unique_ptr<float[]> scratch;
   int64_t work = 0, width = 0;
 
@@ -210,11 +278,23 @@ struct Chain {
       if (kernel.N) width = kernel.N;  // else it has no result
     };
     while (at != code.end()) {
-      const int64_t kind = *at++;
       Link& link = links.emplace_back();
+      if (*at == WHEN) {
+        link.site = at[1];
+        link.skipped = at[2];
+        at += 3;
+      }
+      const int64_t kind = *at++;
+      link.kind = Kind(kind);
       if (kind == COUNT) {
         link.counter = (int64_t*)(*tensor++)->mutable_data_ptr();
         link.amount = *at++;
+        continue;
+      }
+      if (kind == PASS || kind == MEASURE) {
+        link.x = *at++ + 1;
+        link.out = *at++ + 1;
+        if (kind == MEASURE) before[link.site] = link.x;
         continue;
       }
       link.x = *at++ + 1;
@@ -254,20 +334,53 @@ struct Chain {
     scratch.reset(new float[room]);
   }
 
-  Tensor run(const Tensor& x) {
+  Tensor run(const Tensor& x, Gates gates) {
     Tensor result = empty(sizes_like(x, width), x.scalar_type());
+    T* const to = (T*)result.mutable_data_ptr();
     streams.front() = (T*)x.const_data_ptr();
-    streams.back() = (T*)result.mutable_data_ptr();  // nobody in the chain reads the last one
+    streams.back() = to;  // nobody in the chain reads the last one
     for (const Link& link : links)
       if (link.attention) link.attention->check();
+    const int64_t entry_width = x.size(x.dim() - 1), rows = rows_of(x);
+    std::vector<uint8_t> skipped(gates.sites);  // as the call leaves it: the first thread's
 #pragma omp parallel num_threads(threads_for(work))
+    walk(gates, to, entry_width, rows, skipped);
+    std::copy(skipped.begin(), skipped.end(), gates.skipped);
+    return result;
+  }
+
+  // What each thread does. All of them draw the same conclusions from the same similarities.
+  void walk(const Gates& gates, T* result, int64_t entry_width, int64_t rows, std::vector<uint8_t>& skipped_after) {
+    const bool first = omp_get_thread_num() == 0;
+    std::vector<T*> own;
+    std::vector<uint8_t> skipped(gates.skipped, gates.skipped + gates.sites);
+    if (gates.sites) own = streams;
+    T** const stream = gates.sites ? own.data() : streams.data();
     for (const Link& link : links) {
+      if (link.site >= 0 && skipped[link.site] != link.skipped) continue;
       if (link.counter) {
-        if (omp_get_thread_num() == 0) *link.counter += link.amount;
+        if (first) *link.counter += link.amount;
         continue;  // nothing later in the chain reads it
       }
-      const T *in = streams[link.x], *add = link.residual < 0 ? nullptr : streams[link.residual];
-      T* to = link.out ? streams[link.out] : nullptr;
+      if (link.kind == MEASURE) {
+        if (std::isfinite(gates.threshold[link.site]))
+          decide(gates, link, stream, entry_width, rows, skipped);
+        else if (gates.measures && omp_get_thread_num() == link.site % omp_get_num_threads())
+          measure(gates, link, stream, entry_width, rows, gates.moments + link.site * rows * 3);
+        continue;
+      }
+      if (link.kind == PASS) {
+        const float scale = gates.scale[link.site];
+        if (scale == 1) {
+          stream[link.out] = stream[link.x];
+          continue;
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * entry_width; i++) narrow(widen(stream[link.x][i]) * scale, stream[link.out] + i);
+        continue;
+      }
+      const T *in = stream[link.x], *add = link.residual < 0 ? nullptr : stream[link.residual];
+      T* to = link.out ? stream[link.out] : nullptr;
       if (link.attention)
         link.attention->run(in, add, to, scratch.get());
       else if (link.mlp)
@@ -276,7 +389,27 @@ struct Chain {
         link.linear->run(in, add, to, scratch.get());
 #pragma omp barrier
     }
-    return result;
+    if (!gates.sites) return;
+    if (first) {
+      skipped_after = skipped;
+      if (T* const last = own.back(); last != result) std::memcpy(result, last, rows * entry_width * sizeof(T));
+    }
+  }
+
+  void measure(const Gates& gates, const Link& link, T* const* stream, int64_t width, int64_t rows, float* out) const {
+    const T *x = stream[before.at(gates.since[link.site])], *y = stream[link.out];
+    for (int64_t r = 0; r < rows; r++) moments_of(x + r * width, y + r * width, width, out + 3 * r);
+  }
+
+  // Every thread measures for itself, which takes less time than telling the others.
+  void decide(const Gates& gates, const Link& link, T* const* stream, int64_t width, int64_t rows,
+              std::vector<uint8_t>& skipped) const {
+    std::vector<float> found(3 * rows);
+    measure(gates, link, stream, width, rows, found.data());
+    if (omp_get_thread_num() == 0) std::copy(found.begin(), found.end(), gates.moments + link.site * rows * 3);
+    if (!gates.reached(link.site, found.data())) return;
+    const uint8_t* closes = gates.closes + link.site * gates.sites;
+    for (int64_t s = link.site + 1; s < gates.sites; s++) skipped[s] |= closes[s];
   }
 };
 
@@ -285,10 +418,10 @@ void check_entry(const Tensor& x) {
 }
 
 Tensor chain(const Tensor& x, const std::vector<Maybe>& tensors, std::vector<int64_t> code,
-             std::vector<double> numbers) {
+             std::vector<double> numbers, const std::vector<Tensor>& gates, int64_t rule) {
   check_entry(x);
-  if (x.scalar_type() == ScalarType::Float) return Chain<float>(x, tensors, code, numbers).run(x);
-  return Chain<bf16>(x, tensors, code, numbers).run(x);
+  if (x.scalar_type() == ScalarType::Float) return Chain<float>(x, tensors, code, numbers).run(x, Gates(gates, rule));
+  return Chain<bf16>(x, tensors, code, numbers).run(x, Gates(gates, rule));
 }
 
 // Where a tensor lies and how, as kernels read it off. (No operand has more dimensions; `make` sees to it.)
@@ -319,13 +452,13 @@ struct Bound {
   std::vector<Layout> layouts;
   std::variant<std::monostate, Chain<float>, Chain<bf16>> made;
 
-  Tensor call(const Tensor& x, const std::vector<Tensor>& tensors_of_call, bool trusted) {
+  Tensor call(const Tensor& x, const std::vector<Tensor>& tensors_of_call, bool trusted, const Gates& gates) {
     const std::lock_guard<std::mutex> lock(mutex);
     for (size_t i = 0; i < changing.size(); i++) tensors[changing[i]] = tensors_of_call[given[i]];
     if (!as_before(x, trusted)) make(x);
     for (int64_t i : changing) tensors[i].reset();
-    if (auto* wide = std::get_if<Chain<float>>(&made)) return wide->run(x);
-    return std::get<Chain<bf16>>(made).run(x);
+    if (auto* wide = std::get_if<Chain<float>>(&made)) return wide->run(x, gates);
+    return std::get<Chain<bf16>>(made).run(x, gates);
   }
 
   // Looking at a tensor means waiting for memory some five times, so the threads share them.
@@ -371,9 +504,26 @@ int64_t bind_chain(std::vector<Maybe> tensors, std::vector<int64_t> changing, st
 
 void free_chain(int64_t handle) { delete (Bound*)handle; }
 
-Tensor call_chain(int64_t handle, const Tensor& x, const std::vector<Tensor>& given, bool trusted) {
+Tensor call_chain(int64_t handle, const Tensor& x, const std::vector<Tensor>& given, bool trusted,
+                  const std::vector<Tensor>& gates, int64_t rule) {
   check_entry(x);
-  return ((Bound*)handle)->call(x, given, trusted);
+  return ((Bound*)handle)->call(x, given, trusted, Gates(gates, rule));
+}
+
+// See kernels/similarity.py.
+Tensor stream_moments(const Tensor& before, const Tensor& after) {
+  STD_TORCH_CHECK(before.is_contiguous() && after.is_contiguous(), "stream_moments: streams must be contiguous");
+  const int64_t width = before.size(before.dim() - 1), rows = rows_of(before);
+  Tensor made = empty(sizes_like(before, 3), ScalarType::Float);
+  float* const to = (float*)made.mutable_data_ptr();
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const T *x = (const T*)before.const_data_ptr(), *y = (const T*)after.const_data_ptr();
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * width))
+    for (int64_t r = 0; r < rows; r++) moments_of(x + r * width, y + r * width, width, to + 3 * r);
+  };
+  before.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
+  return made;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skipc, CPU, m) {
@@ -382,6 +532,7 @@ STABLE_TORCH_LIBRARY_IMPL(skipc, CPU, m) {
   m.impl("chain", TORCH_BOX(&chain));
   m.impl("bind_chain", TORCH_BOX(&bind_chain));
   m.impl("call_chain", TORCH_BOX(&call_chain));
+  m.impl("stream_moments", TORCH_BOX(&stream_moments));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skipc, CompositeExplicitAutograd, m) { m.impl("free_chain", TORCH_BOX(&free_chain)); }

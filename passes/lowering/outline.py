@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import sympy
+import torch
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import copy_graph, fake_mode_of
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
@@ -31,7 +32,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skipc.ir.config import Config
-from skipc.ir.program import Arm, Layout, ProgramSpec, Step, Var
+from skipc.ir.program import Arm, Layout, ProgramSpec, Size, Step, Var
 from skipc.ir.site import Site, SiteKind
 
 
@@ -61,7 +62,30 @@ class Outline:
             sites=self._sites(),
             parameters=tuple(i for i, n in enumerate(placeholders) if is_parameter_like(n)),
             exposed=self._exposed(streams, output),
+            extent=self._extent(streams, placeholders),
         )
+
+    @staticmethod
+    def _extent(streams: Streams, placeholders: list[fx.Node]) -> tuple[Size, Size]:
+        """Where to read off batch and tokens of the last stream (of an encoder and a decoder, the decoder's)."""
+        value = tensor(streams.junctions[-1].add)
+        if value is None or value.dim() != 3:
+            return None, None
+
+        def find(size: Any) -> Size:
+            if isinstance(size, int):
+                return size
+            for i, node in enumerate(placeholders):
+                given = node.meta.get("example_value")
+                sizes = given.shape if isinstance(given, torch.Tensor) else ()
+                for dim, other in enumerate(sizes):
+                    if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+                        return i, dim
+                if isinstance(given, torch.SymInt) and given.node.expr == size.node.expr:
+                    return i, -1
+            return None
+
+        return find(value.shape[0]), find(value.shape[1])
 
     def _exposed(self, streams: Streams, output: fx.Node) -> tuple[int, ...]:
         """Positions of outputs that are points of a stream, or views of one."""
@@ -83,8 +107,14 @@ class Outline:
             if arms[0].region is None and not arms[0].copies:
                 continue
             sites = tuple(t.name for t in slot.junction.terms) if slot.junction else ()
-            steps.append(Step(slot.label, sites, arms, stream=self._stream(slot)))
+            steps.append(Step(slot.label, sites, arms, stream=self._stream(slot), scalable=self._scalable(slot)))
         return steps
+
+    def _scalable(self, slot: Slot) -> bool:
+        if slot.junction is None or len(slot.junction.terms) != 1 or self._stream(slot) is None:
+            return False
+        add, escapes = slot.junction.add, self.builder.escapes(slot)
+        return add in escapes and not any(e is not add and self.flow.depends(e, add) for e in escapes)
 
     def _stream(self, slot: Slot) -> tuple[str, str] | None:
         """The variables before and after the sites of ``slot``: their sum, or what a norm makes of it if only that is

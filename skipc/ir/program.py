@@ -11,6 +11,7 @@ from typing import Any, Literal
 from skipc.ir.site import Site
 
 KVPolicy = Literal["project", "none"]
+Size = int | tuple[int, int] | None  # a constant; or (input, dimension), where -1 is the input itself; or unknown
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 
 
@@ -38,6 +39,7 @@ class Step:
     arms: tuple[Arm, ...]  # the first runs everything
     releases: tuple[str, ...] = ()  # variables that nobody reads after this step
     stream: tuple[str, str] | None = None  # the residual stream before and after the sites
+    scalable: bool = False  # skipping may scale the stream: nothing else that leaves the step is made of the sum
 
     def arm_for(self, skipped: frozenset[str], kv: KVPolicy) -> int:
         """Index of the arm that leaves out the sites of this step that are in ``skipped``."""
@@ -83,6 +85,7 @@ class ProgramSpec:
     sites: tuple[Site, ...]
     parameters: tuple[int, ...]  # positions of the model's parameters among the inputs
     exposed: tuple[int, ...] = ()  # outputs that are points of a stream: a skip may make them one tensor
+    extent: tuple[Size, Size] = (None, None)  # of the stream: batch and tokens
     regions: tuple[RegionInfo, ...] = field(default=())
 
 

@@ -173,7 +173,7 @@ def test_a_chain_has_the_bits_of_its_links(dtype: torch.dtype, batch: int, token
     counter.fill_(261)
     for cache, before in zip((a["keys"], b["keys"], c["keys"]), kept, strict=True):
         cache.copy_(before)
-    found = torch.ops.skipc.chain(x, links.tensors, links.code, links.numbers)
+    found = torch.ops.skipc.chain(x, links.tensors, links.code, links.numbers, [], 0)
     assert torch.equal(found, expected)
     assert torch.equal(a["keys"], written[0])
     assert torch.equal(b["keys"], written[1])
@@ -202,7 +202,7 @@ def test_a_bound_chain_sees_what_changes(dtype: torch.dtype) -> None:
             bound(x, [norm]), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3
         )
         assert torch.equal(
-            bound(x, [norm]), torch.ops.skipc.chain(x, [norm, *links.tensors[1:]], links.code, links.numbers)
+            bound(x, [norm]), torch.ops.skipc.chain(x, [norm, *links.tensors[1:]], links.code, links.numbers, [], 0)
         )
 
     x = torch.randn(2, 1, 70, generator=generator).to(dtype)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import skipc
-from tests.harness import STRICT, assert_no_further, eager_skip, in_double
+from tests.harness import STRICT, assert_equal_bits, assert_no_further, eager_skip, in_double
 from tests.models.zoo import BEYOND, ZOO, Architecture
 
 ALL = {**ZOO, **BEYOND}
@@ -64,6 +64,32 @@ def test_random_subsets_equal_hooks(case: Case) -> None:
         assert_no_further(truth, eager, ours)
         assert session.stats().recompiles == 0
         assert set(session.stats().skipped) == skip
+
+
+def test_gates_choose_what_plans_choose(case: Case) -> None:
+    """With its gates open a program gives the bits of the plan that they choose, first step by step, then in one piece;
+    a route gives them again."""
+    names = [name for name, _, _ in case.architecture.expected()]
+    rng = random.Random(11)
+    exact = case.compiled(**case.inputs)
+    with case.compiled.session(measure=True) as measuring:
+        case.compiled(**case.inputs)
+    for _ in range(2):
+        with case.compiled.session(policy=skipc.Observe()) as session:
+            assert_equal_bits(case.compiled(**case.inputs), exact)
+        found, expected = session.stats().similarity, measuring.stats().similarity
+        assert set(found) == set(expected)
+        if "attention_mask" not in case.inputs:  # padding has no say in what gates see
+            assert all(abs(found[n] - expected[n]) < 1e-5 for n in names if n in found)
+    for skip in (set(names), {n for n in names if rng.random() < 0.5}):
+        with case.compiled.session(skip=skip):
+            plan = case.compiled(**case.inputs)
+        with case.compiled.session(policy=skipc.Static(skip, measures=True), record=True) as session:
+            assert_equal_bits(case.compiled(**case.inputs), plan)
+        assert set(session.stats().skipped) == skip
+        with case.compiled.session(route=session.route) as replay:
+            assert_equal_bits(case.compiled(**case.inputs), plan)
+        assert replay.stats().recompiles == 0
 
 
 def test_batch_of_one_and_other_length(case: Case) -> None:

@@ -1,0 +1,178 @@
+"""One call of a program whose gates are still open: what it skips is decided while it runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from skipc.kernels.chain import Gates
+from skipc.kernels.similarity import cosine, moments, norm_ratio
+
+from skipc.ir.errors import PlanError
+from skipc.ir.gating import GateTable
+from skipc.ir.program import KVPolicy, ProgramSpec
+
+_FEW = 256
+
+
+def _cosine(dot: float, before: float, after: float) -> float:
+    return dot / max(math.sqrt(before) * math.sqrt(after), 1e-8) if dot == dot else dot
+
+
+class GatedSpec:
+    """A program's arms by what is skipped, for one KV policy.
+
+    Raises:
+        PlanError: if some set of sites cannot be left out under ``kv``.
+    """
+
+    def __init__(self, spec: ProgramSpec, kv: KVPolicy):
+        self.spec, self.kv = spec, kv
+        self.place = {site.name: i for i, site in enumerate(spec.sites)}
+        self.sites = [tuple(self.place[name] for name in step.sites) for step in spec.steps]
+        self.arms: list[dict[tuple[int, ...], int]] = []
+        for step in spec.steps:
+            arms: dict[tuple[int, ...], int] = {}
+            for arm in step.arms:
+                chosen = step.arm_for(arm.skipped, kv)
+                if (why := step.arms[chosen].refused) is not None:
+                    raise PlanError(f"kv={kv!r} cannot skip {', '.join(sorted(arm.skipped))}: {why}; use kv='project'")
+                arms[tuple(sorted(self.place[name] for name in arm.skipped))] = chosen
+            self.arms.append(arms)
+        self._checked: GateTable | None = None
+
+    def check(self, table: GateTable) -> None:
+        """Refuse a table that the program cannot honour.
+
+        Raises:
+            PlanError: if it is for other sites, or scales the stream where something else is made of the sum.
+        """
+        if table is self._checked:
+            return
+        if table.sites != tuple(self.place):
+            raise PlanError("the gate table was made for other sites than the program has")
+        for step in self.spec.steps:
+            for name in step.sites:
+                if not step.scalable and table.scale[self.place[name]] != 1:
+                    raise PlanError(f"{name} cannot be skipped by scaling: more than its sum depends on it")
+        self._checked = table
+
+
+class GatedCall:
+    """The state of one gated call.
+
+    Attributes:
+        plan: arms of the program.
+        table: what was asked for.
+        valid: bool ``[batch, tokens]``, False for padding; None if there is none.
+        skipped: bool ``[sites]``: the table's at first; afterwards, all that the call skipped.
+        moments: by the shape of a stream, ``[batch, tokens]``, those of its sites: fp32 ``[sites, batch, tokens, 3]``,
+            NaN where a site did not run.
+    """
+
+    def __init__(
+        self,
+        plan: GatedSpec,
+        table: GateTable,
+        valid: torch.Tensor | None = None,
+        extent: tuple[int, int] | None = None,
+    ):
+        plan.check(table)
+        self.plan, self.table, self.valid = plan, table, valid
+        self.skipped = table.skip.clone()
+        self.moments: dict[tuple[int, ...], torch.Tensor] = {}
+        self._before: dict[int, torch.Tensor] = {}
+        if extent is not None and 0 not in extent:
+            self._block(extent)  # before the program allocates: what outlives its values would tear holes in the heap
+
+    # -- asked by the program -----------------------------------------------------------------------------------------
+
+    def arm(self, step: int) -> int:
+        """Which arm step number ``step`` runs."""
+        sites = self.plan.sites[step]
+        return self.plan.arms[step][tuple(s for s in sites if self.skipped[s])]
+
+    def ran(self, step: int, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """The step ran, between these points of the stream: take its similarity, and close the gates that it decides
+        about. Returns ``after``, or where the step skips by scaling, that times the scale."""
+        sites, table = self.plan.sites[step], self.table
+        for site in sites:
+            if site in table.opens_spans:
+                self._before[site] = before
+        running = [s for s in sites if not self.skipped[s]]
+        for site in running:
+            decides = site in table.deciding
+            if not (table.measures or decides):
+                continue
+            since = table.spans.get(site)
+            found = moments(before if since is None else self._before.get(since), after)
+            if found is None:
+                continue
+            block = self._block(found.shape[:-1])
+            block[site] = found
+            if decides:
+                self._gates(block).note(site, found.flatten(0, -2))
+        for site in sites:
+            self._before.pop(table.ends_spans.get(site, -1), None)  # large, and of no more use
+        if not running and sites[0] in table.factors_by_number:
+            return (after.float() * table.factors_by_number[sites[0]]).to(after.dtype)
+        return after
+
+    def gates(self, x: torch.Tensor) -> Gates:
+        """For a chain that is entered with ``x``, ``[..., width]``."""
+        return self._gates(self._block(x.shape[:-1]))
+
+    def _block(self, shape: tuple[int, ...]) -> torch.Tensor:
+        if shape not in self.moments:
+            self.moments[shape] = torch.full((len(self.skipped), *shape, 3), torch.nan)
+        return self.moments[shape]
+
+    def _gates(self, block: torch.Tensor) -> Gates:
+        valid = self.valid
+        if valid is not None:
+            valid = valid.flatten() if valid.shape == block.shape[1:-1] else None
+        return Gates(self.table, self.skipped, block.flatten(1, -2), valid)
+
+
+@dataclass(slots=True)
+class Observation:
+    """What a call did and saw.
+
+    Attributes:
+        table: the gates that it was given.
+        skipped: names of the sites that it skipped.
+        blocks: moments, see :class:`GatedCall`.
+        valid: bool ``[batch, tokens]``, False for padding; None if there is none.
+    """
+
+    table: GateTable
+    skipped: frozenset[str]
+    blocks: tuple[torch.Tensor, ...] = ()
+    valid: torch.Tensor | None = None
+
+    def cosines(self) -> list[torch.Tensor]:
+        """Similarities, for each shape of stream: fp32 ``[sites, batch, tokens]``, NaN for padding, and for sites that
+        did not run or are of another stream."""
+        return [self._masked(cosine(block)) for block in self.blocks]
+
+    def ratios(self) -> list[torch.Tensor]:
+        """The same for ``|after| / |before|``."""
+        return [self._masked(norm_ratio(block)) for block in self.blocks]
+
+    def rows(self) -> list[list[float]]:
+        """Mean similarity of each site over the tokens of each row of the batch, NaN if there is none."""
+        rows: list[list[float]] = [[] for _ in self.table.sites]
+        for block in self.blocks:
+            if block[0].numel() <= _FEW and block.dim() == 4 and block.shape[2] == 1 and self.valid is None:
+                found = [[_cosine(*moments) for (moments,) in site] for site in block.tolist()]  # of a decode step
+            else:
+                cosines = self._masked(cosine(block))
+                found = (cosines if cosines.dim() == 2 else cosines.flatten(2).nanmean(2)).tolist()
+            rows = [old if old and old[0] == old[0] else new for old, new in zip(rows, found, strict=True)]
+        return rows
+
+    def _masked(self, found: torch.Tensor) -> torch.Tensor:
+        if self.valid is None or self.valid.shape != found.shape[1:]:
+            return found
+        return torch.where(self.valid, found, torch.nan)

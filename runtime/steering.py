@@ -1,0 +1,102 @@
+"""The gates of one session: asks its policy, or its route, before each call, and remembers what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from skipc.runtime.gating import GatedCall, Observation
+from skipc.runtime.policies.base import Call, Phase, Policy
+from skipc.runtime.policies.static import Static
+from skipc.runtime.similarity_stats import SimilarityStats
+
+from skipc.ir.errors import PlanError, SessionError
+from skipc.ir.gating import GateTable
+from skipc.ir.program import KVPolicy
+from skipc.ir.route import Route, RouteStep
+
+if TYPE_CHECKING:
+    from skipc.runtime.program import Arms, Program
+
+
+class Steering:
+    """The gates of one session.
+
+    Attributes:
+        phase: what calls count as; None: one token behind others is ``decode``, anything else ``prefill``.
+        mask: 2-D, of the whole context so far or of the call's tokens, 0 for padding; None: no padding.
+        route: what was done, if it is recorded.
+    """
+
+    def __init__(self, policy: Policy, record: bool, route: Route | None):
+        self.policy, self.replayed = policy.fresh(), route
+        self.route = Route() if record else None
+        self.phase: Phase | None = None
+        self.mask: torch.Tensor | None = None
+        self.statistics = SimilarityStats()
+        self._positions: dict[frozenset[str], int] = {}
+        self._step = 0
+
+    def choose(self, program: Program, inputs: Sequence[Any], kv: KVPolicy) -> tuple[Call, GateTable, Arms | GatedCall]:
+        """The next call of ``program``, its gates, and how it is to run.
+
+        Raises:
+            PlanError: if its policy may change its mind about attentions that leave holes in their caches.
+            SessionError: if a route is replayed and has no more steps.
+        """
+        batch, tokens = program.extent(inputs)
+        position = self._positions.get(program.site_names, 0)
+        phase = self.phase or ("decode" if tokens == 1 and position > 0 else "prefill")
+        call = Call(program.spec.sites, batch, tokens, position, phase)
+        table = self.policy.decide(call) if self.replayed is None else self._replay(call, self.replayed)
+        if kv == "none" and self.replayed is None and not self.policy.only_grows:
+            raise PlanError(
+                f"{type(self.policy).__name__} may run an attention again that it skipped; under kv='none' its cache "
+                "would have holes: use kv='project'"
+            )
+        if not (table.measures or table.deciding or table.factors):
+            return call, table, program.arms_for(table.skipped, kv)
+        valid = None if self.mask is None else self._valid(call, self.mask)
+        return call, table, GatedCall(program.gated(kv), table, valid, (batch, tokens))
+
+    def ran(self, call: Call, table: GateTable, program: Program, how: Arms | GatedCall) -> frozenset[str]:
+        """The call has run: the sites that it skipped."""
+        self._positions[program.site_names] = call.position + call.tokens
+        self._step += 1
+        if isinstance(how, GatedCall):
+            skipped = table.names_of(how.skipped) if table.deciding else table.skipped
+            seen = Observation(table, skipped, tuple(how.moments.values()), how.valid)
+            self.statistics.add(seen)
+        else:
+            skipped = table.skipped
+            seen = Observation(table, skipped)
+        if self.replayed is None:
+            self.policy.observe(call, seen)
+        if self.route is not None:
+            self.route.steps.append(RouteStep(skipped, {n: f for n, f in table.factors.items() if n in skipped}))
+        return skipped
+
+    def _replay(self, call: Call, route: Route) -> GateTable:
+        if self._step >= len(route):
+            raise SessionError(f"the route has {len(route)} calls, and this is one more")
+        step = route.steps[self._step]
+        unknown = step.skipped.difference(call.names)
+        if unknown:
+            raise PlanError(f"call {self._step} of the route skips {min(unknown)}, which this program does not have")
+        return GateTable.of(call.names, skip=step.skipped, scale=step.scale, measures=False)
+
+    @staticmethod
+    def _valid(call: Call, mask: torch.Tensor) -> torch.Tensor | None:
+        if mask.dim() != 2 or call.tokens <= 1 or mask.shape[1] < call.position + call.tokens:
+            return None
+        return mask[:, call.position : call.position + call.tokens].bool().contiguous()
+
+
+def steering_for(policy: Policy | None, record: bool, route: Route | None) -> Steering | None:
+    """What a session with these settings needs."""
+    if policy is None and route is None and not record:
+        return None
+    if policy is not None and route is not None:
+        raise SessionError("a session follows either a policy or a route")
+    return Steering(policy or Static(()), record, route)

@@ -1,0 +1,58 @@
+"""What a session did, call by call, so that it can be done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from skipc.ir.errors import PlanError
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RouteStep:
+    """One compiled call: the sites that it skipped, and by what factor other than 1 the stream was scaled there."""
+
+    skipped: frozenset[str]
+    scale: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Route:
+    """The calls of a session in order. Recorded by ``session(record=True)``, replayed by ``session(route=...)``."""
+
+    steps: list[RouteStep] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def digest(self) -> str:
+        """A digest of all actions, for regression tests: 16 hexadecimal digits."""
+        return hashlib.sha256(self._text().encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write the route as JSON."""
+        Path(path).write_text(self._text())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Route:
+        """Read a route.
+
+        Raises:
+            PlanError: if the file is no route of a known format.
+        """
+        try:
+            read = json.loads(Path(path).read_text())
+            if read["format"] != _FORMAT:
+                raise ValueError(f"format {read['format']}")
+            return cls([RouteStep(frozenset(s["skipped"]), dict(s["scale"])) for s in read["steps"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{path} is no route of format {_FORMAT}: {error}") from None
+
+    def _text(self) -> str:
+        steps = [{"skipped": sorted(s.skipped), "scale": dict(sorted(s.scale.items()))} for s in self.steps]
+        return json.dumps({"format": _FORMAT, "steps": steps}, indent=1)

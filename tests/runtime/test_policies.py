@@ -1,0 +1,416 @@
+"""Each policy against a plain eager model that runs the same algorithm by itself, action by action."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import StaticCache
+
+import skipc
+from tests.harness import STRICT, assert_no_further, in_double
+from tests.models.zoo import ZOO
+
+LAYERS = 4
+PROMPT, NEW, LENGTH = 6, 12, 32
+SITES = [f"model.layers.{i}.{part}" for i in range(LAYERS) for part in ("self_attn", "mlp")]
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any, Any]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = ZOO["llama"].build()
+    config = model.config
+    config.num_hidden_layers = LAYERS
+    model = type(model)(config).eval()
+    with torch.no_grad():  # so that similarities differ from site to site, and from token to token
+        for i, layer in enumerate(model.model.layers):
+            layer.self_attn.o_proj.weight *= 2 + 2 * i
+            layer.mlp.down_proj.weight *= 12 - 2 * i
+    return model, in_double(model, {})[0], skipc.compile(model, fullgraph=True, **STRICT)
+
+
+class Eager:
+    """A Llama whose layers ask a rule before each sublayer, and tell it the stream before and after those that ran.
+    Attentions always write their keys and values."""
+
+    def __init__(self, model: Any, rule: Rule):
+        self.model, self.rule = model, rule
+
+    def __call__(self, **kwargs: Any) -> Any:
+        self.rule.call(kwargs["input_ids"].shape[1])
+        layers = self.model.model.layers
+        try:
+            for i, layer in enumerate(layers):
+                layer.forward = self._forward(i, layer)
+            return self.model(**kwargs)
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def _forward(self, i: int, layer: Any) -> Callable[..., Any]:
+        def forward(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            branch, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)
+            hidden = self._site(f"model.layers.{i}.self_attn", hidden, branch)
+            branch = layer.mlp(layer.post_attention_layernorm(hidden))
+            return self._site(f"model.layers.{i}.mlp", hidden, branch)
+
+        return forward
+
+    def _site(self, name: str, hidden: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        if not self.rule.runs(name):
+            return hidden * self.rule.scale(name)
+        self.rule.ran(name, hidden, hidden + branch)
+        return hidden + branch
+
+
+class Rule:
+    """An algorithm in its plainest form. ``actions`` collects the skipped sites of each call."""
+
+    def __init__(self) -> None:
+        self.actions: list[set[str]] = []
+        self.position = 0
+        self.decoding = False
+        self.closest = (
+            math.inf
+        )  # how near a similarity came to a threshold: nearer than rounding, the test says nothing
+
+    def call(self, tokens: int) -> None:
+        self.decoding = tokens == 1 and self.position > 0
+        self.start()
+        self.position += tokens
+        self.actions.append(set())
+
+    def start(self) -> None:
+        """A call begins; ``position`` tokens came before."""
+
+    def runs(self, name: str) -> bool:
+        skipped = self.skips(name)
+        if skipped:
+            self.actions[-1].add(name)
+        return not skipped
+
+    def skips(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def scale(self, name: str) -> float:
+        return 1.0
+
+    def ran(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        pass
+
+    def reaches(self, similar: torch.Tensor, threshold: float, rule: str) -> bool:
+        """``similar``: one number a token."""
+        value = similar.mean() if rule == "mean" else similar
+        self.closest = min(self.closest, (value - threshold).abs().min().item())
+        if rule == "mean":
+            return bool(value >= threshold)
+        above = (value >= threshold).double().mean().item()
+        return above == 1 if rule == "all" else above > 0.5
+
+
+def cosines(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return F.cosine_similarity(before.float(), after.float(), dim=-1)
+
+
+def decode(model: Any, call: Any, batch: int = 2, new: int = NEW) -> torch.Tensor:
+    """Logits of a prefill and of decode steps with given tokens: float [batch, 1 + new, vocabulary]."""
+    tokens = torch.randint(3, 90, (batch, PROMPT + new), generator=torch.Generator().manual_seed(3))
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    with torch.no_grad():
+        logits = [call(input_ids=tokens[:, :PROMPT], past_key_values=cache).logits[:, -1]]
+        for i in range(PROMPT, PROMPT + new):
+            logits.append(call(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits[:, 0])
+    return torch.stack(logits, 1)
+
+
+def check(
+    models: Any, policy: skipc.Policy, rule: Callable[[], Rule], batch: int = 2, **session: Any
+) -> list[set[str]]:
+    """The policy takes the rule's actions and gives its logits, twice (the program's first call runs step by step)."""
+    model, double, compiled = models
+    decode(model, compiled, batch)
+    truth_rule, eager_rule = rule(), rule()
+    truth, eager = decode(double, Eager(double, truth_rule), batch), decode(model, Eager(model, eager_rule), batch)
+    assert truth_rule.actions == eager_rule.actions, "the test's threshold is too near to a similarity"
+    assert eager_rule.closest > 1e-6, "the test's threshold is too near to a similarity"
+    for _ in range(2):
+        with compiled.session(policy=policy, record=True, **session) as opened:
+            ours = decode(model, compiled, batch)
+        assert [set(step.skipped) for step in opened.route.steps] == eager_rule.actions
+        assert_no_further(truth, eager, ours)
+        assert opened.stats().recompiles == 0
+    with compiled.session(route=opened.route):
+        assert torch.equal(decode(model, compiled, batch), ours)
+    return eager_rule.actions
+
+
+class FixedSet(Rule):
+    def __init__(self, skip: set[str], scale: dict[str, float], phases: Sequence[str]):
+        super().__init__()
+        self.set, self.factors, self.phases = skip, scale, phases
+
+    def skips(self, name: str) -> bool:
+        return name in self.set and ("decode" if self.decoding else "prefill") in self.phases
+
+    def scale(self, name: str) -> float:
+        return self.factors.get(name, 1.0)
+
+
+@pytest.mark.parametrize("phases", [("prefill", "decode"), ("decode",), ("prefill",)])
+def test_static(models: Any, phases: Any) -> None:
+    skip = {SITES[1], SITES[2], SITES[7]}
+    scale = {SITES[1]: 1.25, SITES[7]: 0.8}
+    check(models, skipc.Static(skip, scale, phases), lambda: FixedSet(skip, scale, phases))
+    check(models, skipc.Static(skip, phases=phases), lambda: FixedSet(skip, {}, phases), batch=1)
+
+
+class UnifiedRule(Rule):
+    def __init__(self, speedup: float):
+        super().__init__()
+        keep = LAYERS // speedup
+        interval = LAYERS // (keep - 1)
+        self.kept = {0, LAYERS - 1}
+        for i in range(1, LAYERS - 1):
+            if i % interval == 0 and len(self.kept) < keep:
+                self.kept.add(i)
+
+    def skips(self, name: str) -> bool:
+        return self.decoding and int(name.split(".")[2]) not in self.kept
+
+
+def test_unified(models: Any) -> None:
+    actions = check(models, skipc.Unified(4 / 3), lambda: UnifiedRule(4 / 3))
+    assert actions[0] == set()
+    assert len(actions[1]) == 2
+    assert len(check(models, skipc.Unified(4 / 3), lambda: UnifiedRule(4 / 3), kv="none")[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "speedup", "kept"),
+    [(24, 2, {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 23}), (24, 3, {0, 3, 6, 9, 12, 15, 18, 23}), (30, 10, {0, 15, 29}),
+     (4, 3, {0, 3}), (2, 5, {0, 1}), (1, 2, {0})],
+)  # fmt: skip
+def test_unified_layers(layers: int, speedup: float, kept: set[int]) -> None:
+    """Worked out by hand from the released rule: interval = L // (keep - 1), at most ``keep`` layers."""
+    from skipc.runtime.policies.unified import kept_layers
+
+    assert kept_layers(layers, speedup) == kept
+
+
+class SkipDecodeRule(Rule):
+    def __init__(self, most: int, least: int, length: int, warmup: int):
+        super().__init__()
+        self.most, self.least, self.length, self.warmup = most, least, length, warmup
+
+    def start(self) -> None:
+        t = min(self.position, self.length)
+        depth = max(self.least, math.ceil(self.most - (self.most - self.least) * t / self.length))
+        self.active = {*range(self.warmup), *range(LAYERS - (depth - self.warmup), LAYERS)}
+
+    def skips(self, name: str) -> bool:
+        return self.decoding and int(name.split(".")[2]) not in self.active
+
+
+@pytest.mark.parametrize("kv", ["project", "none"])
+def test_skip_decode(models: Any, kv: Any) -> None:
+    actions = check(models, skipc.SkipDecode(4, 2, 16), lambda: SkipDecodeRule(4, 2, 16, 1), kv=kv)
+    assert [len(a) for a in actions] == sorted(len(a) for a in actions), "depth never rises"
+    assert len(actions[1]) < len(actions[-1])
+
+
+class FFNSkipRule(Rule):
+    def __init__(self, threshold: float, start: int, end: int, warmup: int, stride: int | None, rule: str):
+        super().__init__()
+        self.threshold, self.rule, self.stride, self.warmup = threshold, rule, stride, warmup
+        self.middle = [f"model.layers.{i}.mlp" for i in range(start, LAYERS - end)]
+
+    def start(self) -> None:
+        self.left = 0
+        self.active = self.decoding and self.position >= self.warmup
+
+    def skips(self, name: str) -> bool:
+        if not self.active or name not in self.middle or not self.left:
+            return False
+        self.left -= 1
+        return True
+
+    def ran(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        if self.active and name in self.middle and self.reaches(cosines(before, after), self.threshold, self.rule):
+            self.left = LAYERS if self.stride is None else self.stride
+
+
+def quantiles(models: Any, sites: Sequence[str], *at: float) -> list[float]:
+    """Thresholds that some tokens reach and others do not: between similarities of the model's own run."""
+    seen: list[float] = []
+
+    class Collect(Rule):
+        def skips(self, name: str) -> bool:
+            return False
+
+        def ran(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+            if name in sites and self.decoding:
+                seen.extend(cosines(before, after).flatten().tolist())
+
+    decode(models[0], Eager(models[0], Collect()))
+    values = sorted(seen)
+    return [(values[int(q * (len(values) - 1))] + values[int(q * (len(values) - 1)) + 1]) / 2 for q in at]
+
+
+@pytest.mark.parametrize("rule", ["all", "majority", "mean"])
+@pytest.mark.parametrize("stride", [None, 1])
+def test_ffn_skip(models: Any, rule: Any, stride: int | None) -> None:
+    mlps = [s for s in SITES if s.endswith("mlp")]
+    kinds = set()
+    for threshold in quantiles(models, mlps, 0.3, 0.6):
+        policy = skipc.FFNSkip(threshold, 0, 1, warmup=8, stride=stride, rule=rule)
+        actions = check(models, policy, lambda t=threshold: FFNSkipRule(t, 0, 1, 8, stride, rule))
+        assert not any(actions[:3]), "prompt and warm-up run in full"
+        kinds |= {len(a) for a in actions}
+        check(models, policy, lambda t=threshold: FFNSkipRule(t, 0, 1, 8, stride, rule), batch=1)
+    assert len(kinds) > 1, "some tokens skip and others do not"
+
+
+class EarlyExitRule(Rule):
+    def __init__(self, threshold: float, minimum: int, decay: float, temperature: float, horizon: int, rule: str):
+        super().__init__()
+        self.settings = threshold, minimum, decay, temperature, horizon, rule
+        self.decoded = -1
+
+    def start(self) -> None:
+        self.exited = False
+        self.decoded += self.decoding
+
+    def skips(self, name: str) -> bool:
+        return self.exited
+
+    def ran(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        threshold, minimum, decay, temperature, horizon, rule = self.settings
+        layer = int(name.split(".")[2])
+        if name.endswith("attn"):
+            self.entered = before
+        elif layer + 1 >= minimum and layer + 1 < LAYERS:
+            if self.decoding:
+                threshold = decay * threshold + (1 - decay) * math.exp(-temperature * self.decoded / horizon)
+            self.exited = self.reaches(cosines(self.entered, after), threshold, rule)
+
+
+@pytest.mark.parametrize("rule", ["mean", "all", "majority"])
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+def test_early_exit(models: Any, rule: Any, decay: float) -> None:
+    depths = set()
+    for threshold in (0.3, 0.52, 0.7):
+        policy = skipc.EarlyExit(threshold, minimum=1, decay=decay, horizon=6, rule=rule)
+        actions = check(models, policy, lambda t=threshold: EarlyExitRule(t, 1, decay, 4.0, 6, rule))
+        depths |= {len(a) for a in actions}
+    assert len(depths) > 1
+
+
+class AdaSkipRule(Rule):
+    """Section 3 of the paper; per row of the batch, all of which must agree."""
+
+    def __init__(self, similar: dict[str, float], scale: dict[str, float], count: int, window: int):
+        super().__init__()
+        self.similar, self.factors, self.window = similar, scale, window
+        self.set = set(sorted(similar, key=lambda n: -similar[n])[:count])
+        self.seen: dict[str, list[torch.Tensor]] = {n: [] for n in similar if n.endswith("mlp")}
+        self.decoded = -1
+
+    def start(self) -> None:
+        self.decoded += self.decoding
+        self.now = self.set
+        if self.decoding and self.decoded < self.window:
+            self.now = set()
+        elif self.decoding:
+            bound = min(self.similar[n] for n in self.set)
+            means = {n: torch.stack(s).mean(0) for n, s in self.seen.items()}
+            for mean in means.values():
+                self.closest = min(self.closest, (mean - bound).abs().min().item())
+            self.now = self.set | {n for n, mean in means.items() if bool((mean > bound).all())}
+
+    def skips(self, name: str) -> bool:
+        return name in self.now
+
+    def scale(self, name: str) -> float:
+        return self.factors[name]
+
+    def ran(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        if name in self.seen and self.decoding and self.decoded < self.window:
+            self.seen[name].append(cosines(before, after).mean(1))
+
+
+def test_adaskip_as_in_the_paper(models: Any) -> None:
+    base = dict(zip(SITES, quantiles(models, SITES, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), strict=True))
+    scale = {n: 1 + 0.02 * i for i, n in enumerate(SITES)}
+    policy = skipc.AdaSkip(base, scale, count=3, window=5)
+    actions = check(models, policy, lambda: AdaSkipRule(base, scale, 3, 5))
+    assert len(actions[0]) == 3
+    assert not any(actions[1:6]), "the window runs in full"
+    with pytest.raises(skipc.PlanError, match="holes"), models[2].session(policy=policy, kv="none"):
+        decode(models[0], models[2])
+
+
+def test_adaskip_adds_similar_mlps(models: Any) -> None:
+    (low,) = quantiles(models, [s for s in SITES if s.endswith("mlp")], 0.1)
+    similar = {n: low if n == SITES[0] else low / 2 for n in SITES}
+    actions = check(
+        models, skipc.AdaSkip(similar, count=1, window=4), lambda: AdaSkipRule(similar, dict.fromkeys(SITES, 1.0), 1, 4)
+    )
+    assert actions[0] == {SITES[0]}
+    assert actions[5] > {SITES[0]}, "MLPs were added behind the window"
+
+
+@pytest.mark.parametrize("kv", ["project", "none"])
+def test_adaskip_as_released(models: Any, kv: Any) -> None:
+    """The set stays skipped in the window, and nothing is ever added."""
+    base = {n: i / 10 for i, n in enumerate(SITES)}
+    skip = set(SITES[-2:])
+    policy = skipc.AdaSkip(base, count=2, window=3, rule="released")
+    check(models, policy, lambda: FixedSet(skip, {}, ("prefill", "decode")), kv=kv)
+    accelerated = skipc.AdaSkip(base, acceleration=4 / 3, window=3, rule="released")
+    check(models, accelerated, lambda: FixedSet(skip, {}, ("prefill", "decode")), kv=kv)
+
+
+class LaggedRule(Rule):
+    def __init__(self, enter: float, leave: float, warmup: int, refresh: int, weight: float):
+        super().__init__()
+        self.settings = enter, leave, warmup, refresh, weight
+        self.mean: dict[str, torch.Tensor] = {}
+        self.off: dict[str, int] = {}
+        self.steps = 0
+
+    def start(self) -> None:
+        _, _, warmup, refresh, _ = self.settings
+        ready = self.decoding and self.steps >= warmup
+        self.now = {n for n, since in self.off.items() if since < refresh} if ready else set()
+        self.steps += self.decoding
+
+    def skips(self, name: str) -> bool:
+        if name in self.now:
+            self.off[name] += 1
+        return name in self.now
+
+    def ran(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        enter, leave, _, _, weight = self.settings
+        if not (self.decoding and name.endswith("mlp")):
+            return
+        new = cosines(before, after).mean(1)
+        self.mean[name] = self.mean[name] + weight * (new - self.mean[name]) if name in self.mean else new
+        bound = leave if name in self.off else enter
+        self.closest = min(self.closest, (self.mean[name] - bound).abs().min().item())
+        if bool((self.mean[name] >= bound).all()):
+            self.off[name] = 0
+        else:
+            self.off.pop(name, None)
+
+
+def test_lagged(models: Any) -> None:
+    leave, enter = quantiles(models, [s for s in SITES if s.endswith("mlp")], 0.25, 0.4)
+    policy = skipc.Lagged(enter, leave, warmup=2, refresh=3, weight=0.5)
+    actions = check(models, policy, lambda: LaggedRule(enter, leave, 2, 3, 0.5))
+    assert len({len(a) for a in actions[3:]}) > 1, "skipped sites run again after a while"
