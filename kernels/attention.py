@@ -80,12 +80,12 @@ def grouped_attention(
         k, v, mask = _narrowed(live, k, v, mask)
     each = mask is not None and mask.dim() == 4 and mask.shape[2] == queries  # has the mask a row for each query?
     if mask is None or live is None or causal or not each or queries < 2 * _STRETCH:
-        return _many(q, k, v, mask, causal, scale, softcap)
+        return attend(q, k, v, mask, causal, scale, softcap)
     # Under a causal mask half of all scores are for nothing. A stretch of queries sees fewer keys than all of them.
     out = q.new_empty(q.shape[0], queries, q.shape[1], v.shape[-1]).transpose(1, 2)
     for i in range(0, queries, _STRETCH):
         few, theirs = slice(i, i + _STRETCH), mask[:, :, i : i + _STRETCH]
-        out[:, :, few] = _many(q[:, :, few], *_narrowed(live_range(theirs), k, v, theirs), False, scale, softcap)
+        out[:, :, few] = attend(q[:, :, few], *_narrowed(live_range(theirs), k, v, theirs), False, scale, softcap)
     return out
 
 
@@ -100,7 +100,7 @@ def _narrowed(
     return k[:, :, start:stop], v[:, :, start:stop], mask
 
 
-def _many(
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -109,6 +109,7 @@ def _many(
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
+    """The same over all keys, by torch's own attention where it can."""
     if softcap:
         return attention_reference(q, k, v, mask, None, causal, scale, softcap)
     return F.scaled_dot_product_attention(

@@ -54,6 +54,9 @@ class GatedSpec:
             raise PlanError("the gate table was made for other sites than the program has")
         for step in self.spec.steps:
             for name in step.sites:
+                beside = [n for n in step.sites if table.closes[self.place[name], self.place[n]]]
+                if beside:
+                    raise PlanError(f"{name} and {beside[0]} run side by side: one cannot decide about the other")
                 if not step.scalable and table.scale[self.place[name]] != 1:
                     raise PlanError(f"{name} cannot be skipped by scaling: more than its sum depends on it")
         self._checked = table
@@ -118,6 +121,10 @@ class GatedCall:
         if not running and sites[0] in table.factors_by_number:
             return (after.float() * table.factors_by_number[sites[0]]).to(after.dtype)
         return after
+
+    def note_moments(self, site: int, found: torch.Tensor) -> None:
+        """The moments of a site, if it ran; decisions were made elsewhere."""
+        self._block(found.shape[:-1])[site] = found
 
     def gates(self, x: torch.Tensor) -> Gates:
         """For a chain that is entered with ``x``, ``[..., width]``."""

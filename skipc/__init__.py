@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from skipc.ir.route import Route
     from skipc.ir.site import Reason, Rejection, Site, SiteKind, SiteReport
     from skipc.model import CompiledModel, compile, session
+    from skipc.packaging import package
     from skipc.runtime.generation import generate
     from skipc.runtime.policies import (
         AdaSkip,
@@ -54,6 +55,7 @@ _HOME = {
     ],
     "skipc.ir.site": ["Reason", "Rejection", "Site", "SiteKind", "SiteReport"],
     "skipc.model": ["CompiledModel", "compile", "session"],
+    "skipc.packaging": ["package"],
     "skipc.runtime.generation": ["generate"],
     "skipc.ir.gating": ["GateTable"],
     "skipc.ir.route": ["Route"],
@@ -69,7 +71,7 @@ __all__ = [
     "FFNSkip", "FallbackError", "GateTable", "Lagged", "NoResidualStreamError", "Observe", "PassError", "PlanError",
     "Policy", "Reason", "Rejection", "Route", "Session", "SessionError", "SessionStats", "SessionThreadError", "Site",
     "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified", "UnknownSiteError", "VersionError",
-    "compile", "explain", "find_sites", "generate", "list_options", "session",
+    "compile", "explain", "find_sites", "generate", "list_options", "package", "session",
 ]  # fmt: skip
 
 

@@ -11,14 +11,17 @@ import torch
 from torch import fx
 
 from skipc.ir.config import Config
-from skipc.ir.errors import ConfigError, NoResidualStreamError, SkipcError
-from skipc.passes.base import PassContext
+from skipc.ir.errors import ConfigError, NoResidualStreamError, PlanError, SkipcError, UnknownSiteError
+from skipc.passes.base import Pass, PassContext
 from skipc.passes.fx_edit import copy_graph
 from skipc.passes.lowering.inductor import check_torch_version, compile_whole
 from skipc.passes.lowering.outline import Outline
+from skipc.passes.lowering.whole import lower_cond, lower_static
 from skipc.passes.manager import PassManager
 from skipc.passes.ops import is_parameter_like, is_random, op_name, switches_autocast_off, tensors
+from skipc.passes.pipeline import REGION_PIPELINE
 from skipc.runtime import sessions
+from skipc.runtime.graph_program import CondProgram, StaticProgram
 from skipc.runtime.program import Fallback, Program
 
 log = logging.getLogger("skipc")
@@ -78,16 +81,14 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     reason: str | None = refusal(gm)
     if reason is None:
         try:
-            outline = build_outline(gm, config)[0]
-            functions = outline.compile(config)
-            program = Program(outline.spec, functions, config.kv, graph_break_of(gm), config.huge_pages)
+            program = build_program(gm, config)
             sessions.register(program, identities)
             return program
         except NoResidualStreamError:
             if config.on_error == "raise":
                 raise
             reason = FallbackReason.NO_STREAM
-        except ConfigError:
+        except (ConfigError, PlanError, UnknownSiteError):
             raise
         except Exception as error:
             if config.on_error == "raise":
@@ -100,13 +101,32 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     return Fallback(compile_whole(copy_graph(gm), example_inputs, config), reason, parameters)
 
 
-def build_outline(gm: fx.GraphModule, config: Config) -> tuple[Outline, PassManager]:
+def build_program(gm: fx.GraphModule, config: Config) -> Program:
+    """Run the passes over ``gm``, and lower and compile the result."""
+    partial = graph_break_of(gm)
+    if config.lowering == "outline":
+        outline, _ = build_outline(gm, config)
+        functions = outline.compile(config)
+        return Program(outline.spec, functions, config.kv, partial, config.huge_pages)
+    # What stays with Inductor as a whole keeps to torch's own operations: no kernels for regions.
+    outline, manager = build_outline(gm, config, region_passes=())
+    assert manager.ctx.streams is not None
+    if config.lowering == "static":
+        function = lower_static(outline.gm, manager.ctx.streams, config)
+        return StaticProgram(outline.spec, function, config.kv, partial, frozenset(config.plan))
+    function, gated = lower_cond(outline.gm, manager.ctx.streams, config)
+    return CondProgram(outline.spec, function, config.kv, partial, gated.layers, gated.measured)
+
+
+def build_outline(
+    gm: fx.GraphModule, config: Config, region_passes: tuple[type[Pass], ...] = REGION_PIPELINE
+) -> tuple[Outline, PassManager]:
     """Run the passes over ``gm`` and outline the result, without compiling anything.
 
     Raises:
         NoResidualStreamError: if the graph has no site.
     """
-    manager = PassManager(PassContext(config))
+    manager = PassManager(PassContext(config), region_passes=region_passes)
     transformed = manager.run(gm)
     streams = manager.ctx.streams
     assert streams is not None

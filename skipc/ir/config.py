@@ -25,10 +25,13 @@ class Config(BaseModel):
         description="exact: sites are outlined and can be skipped by a session; without one every site runs. "
         "off: plain Inductor.",
     )
-    lowering: Literal["outline"] = Field(
+    lowering: Literal["outline", "cond", "static"] = Field(
         "outline",
-        description="How the graph becomes a program. outline: one compiled region per distinct sublayer.",
+        description="How the graph becomes a program. outline: one compiled region per distinct sublayer, branches in "
+        "host code. cond: one Inductor graph with a torch.cond around each site. static: one Inductor graph without "
+        "the sites of `plan`.",
     )
+    plan: tuple[str, ...] = Field((), description="Names of the sites that lowering='static' leaves out.")
     kv: Literal["project", "none"] = Field(
         "project",
         description="What a skipped attention writes to its KV cache. project: its keys and values, as if it ran. "
@@ -56,8 +59,11 @@ class Config(BaseModel):
                 close = nearest(key, type(self).model_fields)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise ConfigError(f"unknown option {key!r}{hint}; known: {', '.join(type(self).model_fields)}")
-        if isinstance(options.get("disable_passes"), list | set | frozenset):
-            options["disable_passes"] = tuple(sorted(options["disable_passes"]))
+        for key in ("disable_passes", "plan"):
+            if isinstance(options.get(key), list | set | frozenset):
+                options[key] = tuple(sorted(options[key]))
+        if options.get("plan") and options.get("lowering") != "static":
+            raise ConfigError("option 'plan' is for lowering='static'; elsewhere a session chooses what to skip")
         if options.get("preset") in ("balanced", "fast"):
             raise ConfigError(
                 f"preset {options['preset']!r} needs a calibration profile, which this release cannot make yet; "
