@@ -51,7 +51,7 @@ class Gates:
     @property
     def rule(self) -> int:
         """The batch rule, and 4 if sites that decide nothing are measured too, as the kernel takes it."""
-        return RULE_CODES[self.table.rule] + 4 * self.table.measures
+        return RULE_CODES.get(self.table.rule, 0) + 4 * self.table.measures
 
     def note(self, site: int, found: torch.Tensor) -> None:
         """Site number ``site`` ran, with these moments, ``[rows, 3]``: close the gates that it decides about."""

@@ -23,7 +23,6 @@ from skipc.passes.residual import Streams, Term
 from torch import fx
 
 from skipc.ir.errors import PassError, PlanError
-from skipc.ir.gating import BATCH_RULES
 from skipc.ir.program import KVPolicy
 
 GATE_INPUTS = ("skip", "threshold", "closes", "scale", "since", "rule", "valid")
@@ -384,7 +383,6 @@ def close_gates(
     count = there.sum()
     above = ((cosines.float() >= threshold) & there).sum()
     mean = (torch.where(there, cosines, 0).sum() / count.clamp(min=1)).float() >= threshold
-    rules = {"all": above == count, "majority": 2 * above > count, "mean": mean}
-    chosen = torch.arange(len(BATCH_RULES), device=rule.device) == rule  # (indexing with it would ask for its value)
-    reached = (torch.stack([rules[name] for name in BATCH_RULES]) & chosen).any()
+    rules = torch.stack([above == count, 2 * above > count, mean])  # in the order of BATCH_RULES
+    reached = (rules & (torch.arange(3, device=rule.device) == rule)).any()  # (indexing would ask for its value)
     return skipped | (closes & reached & (count > 0) & ~here)

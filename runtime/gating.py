@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from skipc.kernels.chain import Gates
@@ -57,8 +58,12 @@ class GatedSpec:
                 beside = [n for n in step.sites if table.closes[self.place[name], self.place[n]]]
                 if beside:
                     raise PlanError(f"{name} and {beside[0]} run side by side: one cannot decide about the other")
-                if not step.scalable and table.scale[self.place[name]] != 1:
+                number = self.place[name]
+                if not step.scalable and table.scale[number] != 1:
                     raise PlanError(f"{name} cannot be skipped by scaling: more than its sum depends on it")
+                by_token = name in table.routed or (table.by_token and bool(table.closes[:, number].any()))
+                if by_token and not step.scalable:
+                    raise PlanError(f"tokens cannot skip {name} one by one: it shares its sum, or more depends on that")
         self._checked = table
 
 
@@ -80,9 +85,15 @@ class GatedCall:
         table: GateTable,
         valid: torch.Tensor | None = None,
         extent: tuple[int, int] | None = None,
+        router: Router | None = None,
     ):
         plan.check(table)
-        self.plan, self.table, self.valid = plan, table, valid
+        self.plan, self.table, self.valid, self.router = plan, table, valid, router
+        self.partly: dict[
+            str, torch.Tensor
+        ] = {}  # bool [batch, tokens]: those that went through a site, if only some did
+        self.adapted = False  # something was added to the stream of tokens that skipped a site
+        self._closed: dict[int, torch.Tensor] = {}  # bool [batch, tokens]: tokens that skip a site, if only some do
         self.skipped = table.skip.clone()
         self.moments: dict[tuple[int, ...], torch.Tensor] = {}
         self._before: dict[int, torch.Tensor] = {}
@@ -96,9 +107,52 @@ class GatedCall:
         sites = self.plan.sites[step]
         return self.plan.arms[step][tuple(s for s in sites if self.skipped[s])]
 
-    def ran(self, step: int, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    def arrive(self, step: int, stream: torch.Tensor) -> torch.Tensor | None:
+        """The stream has come to a step whose tokens may differ: bool ``[batch, tokens]``, those that it runs on, or
+        None if all do or none does."""
+        sites = self.plan.sites[step]
+        if len(sites) != 1:
+            return None
+        (site,) = sites
+        if self.router is not None and self.table.sites[site] in self.table.routed and not self.skipped[site]:
+            self._closed[site] = ~self.router.route(site, stream)
+        closed = self._closed.get(site)
+        if closed is None or self.skipped[site]:
+            return None
+        runs = ~closed if self.valid is None or self.valid.shape != closed.shape else ~closed & self.valid
+        if not runs.any():
+            self.skipped[site] = True
+            return None
+        if runs.all():
+            return None
+        self.partly[self.table.sites[site]] = runs
+        return runs
+
+    def blend(self, step: int, rows: torch.Tensor, stream: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        """The stream behind a step that ran on ``rows``: ``made``, ``[rows that ran, width]``, there, and elsewhere
+        what came in, scaled, or with what the router adds."""
+        (site,) = self.plan.sites[step]
+        factor = self.table.factors_by_number.get(site, 1.0)
+        after = stream.clone() if factor == 1 else (stream.float() * factor).to(stream.dtype)
+        more = self._added(site, stream[~rows])
+        if more is not None:
+            after[~rows] += more
+        after[rows] = made
+        return after
+
+    def _added(self, site: int, stream: torch.Tensor) -> torch.Tensor | None:
+        if self.router is None or self.table.sites[site] not in self.table.routed or not len(stream):
+            return None
+        more = self.router.instead(site, stream)
+        self.adapted |= more is not None
+        return more
+
+    def ran(
+        self, step: int, before: torch.Tensor, after: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The step ran, between these points of the stream: take its similarity, and close the gates that it decides
-        about. Returns ``after``, or where the step skips by scaling, that times the scale."""
+        about. Returns ``after``, or where the step skips by scaling, that times the scale. ``rows``: the tokens that it
+        ran on, if not all."""
         sites, table = self.plan.sites[step], self.table
         for site in sites:
             if site in table.opens_spans:
@@ -113,13 +167,20 @@ class GatedCall:
             if found is None:
                 continue
             block = self._block(found.shape[:-1])
+            if rows is not None:
+                found = torch.where(rows[..., None], found, torch.nan)
             block[site] = found
-            if decides:
+            if decides and self.table.rule == "gather":
+                self._close_tokens(site, cosine(found) >= self.table.threshold[site])
+            elif decides:
                 self._gates(block).note(site, found.flatten(0, -2))
         for site in sites:
             self._before.pop(table.ends_spans.get(site, -1), None)  # large, and of no more use
         if not running and sites[0] in table.factors_by_number:
-            return (after.float() * table.factors_by_number[sites[0]]).to(after.dtype)
+            after = (after.float() * table.factors_by_number[sites[0]]).to(after.dtype)
+        if not running and table.routed:
+            more = self._added(sites[0], before.flatten(0, -2))
+            after = after if more is None else after + more.view_as(after)
         return after
 
     def note_moments(self, site: int, found: torch.Tensor) -> None:
@@ -129,6 +190,11 @@ class GatedCall:
     def gates(self, x: torch.Tensor) -> Gates:
         """For a chain that is entered with ``x``, ``[..., width]``."""
         return self._gates(self._block(x.shape[:-1]))
+
+    def _close_tokens(self, site: int, reached: torch.Tensor) -> None:
+        for other in self.table.closes[site].nonzero().flatten().tolist():
+            closed = self._closed.get(other)
+            self._closed[other] = reached if closed is None or closed.shape != reached.shape else closed | reached
 
     def _block(self, shape: tuple[int, ...]) -> torch.Tensor:
         if shape not in self.moments:
@@ -140,6 +206,14 @@ class GatedCall:
         if valid is not None:
             valid = valid.flatten() if valid.shape == block.shape[1:-1] else None
         return Gates(self.table, self.skipped, block.flatten(1, -2), valid)
+
+
+class Router(Protocol):
+    """What routed sites ask."""
+
+    def route(self, site: int, stream: torch.Tensor) -> torch.Tensor: ...
+
+    def instead(self, site: int, stream: torch.Tensor) -> torch.Tensor | None: ...
 
 
 @dataclass(slots=True)

@@ -66,6 +66,8 @@ class CondProgram(_OneGraph):
                 self._tables[how] = GateTable.of(names, skip=self.skipped_by(how), measures=False)
             how = GatedCall(self.gated(self.default_kv), self._tables[how])
         table = how.table
+        if table.by_token:
+            raise PlanError("tokens that decide for themselves need lowering='outline'")
         for site, first in table.spans.items():
             if self.layers.get(site) != first:
                 raise PlanError(

@@ -18,6 +18,7 @@ from skipc.runtime.codegen import bound_source_for, source_for
 from skipc.runtime.gating import GatedCall, GatedSpec
 from skipc.runtime.huge_pages import back_with_huge_pages
 from skipc.runtime.replay import note_call
+from skipc.runtime.rows import gathered
 
 from skipc.ir.errors import PassError, PlanError
 from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Size, Step, Var
@@ -145,8 +146,11 @@ class Program:
         return self._gated[kv]
 
     def joins(self, call: GatedCall) -> bool:
-        """Whether each chain holds all the points of the stream that its sites are compared with."""
+        """Whether the call can run joined: all tokens alike, and each chain holds all the points of the stream that its
+        sites are compared with."""
         spans, kv = call.table.spans, call.plan.kv
+        if call.table.by_token:
+            return False
         if not spans:
             return True
         if kv not in self._sites_of_chains:
@@ -211,20 +215,26 @@ class Program:
         wait = _wait_for(inputs)
         seconds: list[float] = []
         for i, step in enumerate(self.spec.steps):
+            by_token = gates is not None and gates.table.by_token and step.stream is not None
+            rows = gates.arrive(i, scope[step.stream[0]]) if by_token else None  # type: ignore[index,union-attr]
             arm = step.arms[how.arm(i) if isinstance(how, GatedCall) else how[i]]
             function = self.functions[arm.region] if arm.region is not None else None
             arguments = [scope[n] for n in arm.inputs]
             _check_layouts(step, arm, arguments)
             wait()
             start = time.perf_counter()
-            results = function(arguments) if function is not None else ()
+            some = gathered(function, arguments, step.gather, rows) if rows is not None and step.gather else None  # type: ignore[arg-type]
+            results = (some,) if some is not None else function(arguments) if function is not None else ()
             wait()
             seconds.append(time.perf_counter() - start)
             scope.update(zip(arm.outputs, results, strict=True))
             scope.update({name: scope[value] for name, value in arm.copies})
             if gates is not None and step.stream is not None:
                 before, after = step.stream
-                scope[after] = gates.ran(i, scope[before], scope[after])
+                if rows is not None:
+                    made = some if some is not None else scope[after][rows]
+                    scope[after] = gates.blend(i, rows, scope[before], made)
+                scope[after] = gates.ran(i, scope[before], scope[after], rows)
             if streams is not None:
                 points = [scope[n] for n in step.stream or ()]
                 streams.append(tuple((t, 0 if t.is_inference() else t._version) for t in points))

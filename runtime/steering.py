@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from skipc.runtime.gating import GatedCall, Observation
+from skipc.runtime.gating import Router as RouterProtocol
 from skipc.runtime.policies.base import Call, Phase, Policy
 from skipc.runtime.policies.static import Static
 from skipc.runtime.similarity_stats import SimilarityStats
@@ -18,6 +19,47 @@ from skipc.ir.route import Route, RouteStep
 
 if TYPE_CHECKING:
     from skipc.runtime.program import Arms, Program
+
+
+class Router:
+    """What the sites of one call ask its policy."""
+
+    def __init__(self, call: Call, policy: Policy):
+        self.call, self.policy = call, policy
+
+    def route(self, site: int, stream: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Policy.route`."""
+        name = self.call.sites[site].name
+        rows = self.policy.route(self.call, name, stream)
+        if rows.dtype != torch.bool or rows.shape != stream.shape[:-1]:
+            raise PlanError(
+                f"routing {name}: bool {list(stream.shape[:-1])} is needed, not {rows.dtype} {list(rows.shape)}"
+            )
+        return rows
+
+    def instead(self, site: int, stream: torch.Tensor) -> torch.Tensor | None:
+        """See :meth:`Policy.instead`."""
+        return self.policy.instead(self.call, self.call.sites[site].name, stream)
+
+
+class ReplayedRouter:
+    """What they ask a route."""
+
+    def __init__(self, call: Call, step: RouteStep):
+        self.call, self.step = call, step
+
+    def route(self, site: int, stream: torch.Tensor) -> torch.Tensor:
+        """The tokens that went through."""
+        rows = torch.tensor([[t == "1" for t in row] for row in self.step.tokens[self.call.sites[site].name]])
+        if rows.shape != stream.shape[:-1]:
+            raise PlanError(
+                f"the route is of a call of {list(rows.shape)} tokens, this one has {list(stream.shape[:-1])}"
+            )
+        return rows
+
+    def instead(self, site: int, stream: torch.Tensor) -> torch.Tensor | None:
+        """Nothing."""
+        return None
 
 
 class Steering:
@@ -55,17 +97,18 @@ class Steering:
                 f"{type(self.policy).__name__} may run an attention again that it skipped; under kv='none' its cache "
                 "would have holes: use kv='project'"
             )
-        if not (table.measures or table.deciding or table.factors):
+        if not (table.measures or table.deciding or table.factors or table.routed):
             return call, table, program.arms_for(table.skipped, kv)
         valid = None if self.mask is None else self._valid(call, self.mask)
-        return call, table, GatedCall(program.gated(kv), table, valid, (batch, tokens))
+        router = self._router(call) if table.routed else None
+        return call, table, GatedCall(program.gated(kv), table, valid, (batch, tokens), router)
 
     def ran(self, call: Call, table: GateTable, program: Program, how: Arms | GatedCall) -> frozenset[str]:
         """The call has run: the sites that it skipped."""
         self._positions[program.site_names] = call.position + call.tokens
         self._step += 1
         if isinstance(how, GatedCall):
-            skipped = table.names_of(how.skipped) if table.deciding else table.skipped
+            skipped = table.names_of(how.skipped) if table.deciding or table.routed else table.skipped
             seen = Observation(table, skipped, tuple(how.moments.values()), how.valid)
             self.statistics.add(seen)
         else:
@@ -74,7 +117,11 @@ class Steering:
         if self.replayed is None:
             self.policy.observe(call, seen)
         if self.route is not None:
-            self.route.steps.append(RouteStep(skipped, {n: f for n, f in table.factors.items() if n in skipped}))
+            partly = how.partly if isinstance(how, GatedCall) else {}
+            scale = {n: f for n, f in table.factors.items() if n in skipped or n in partly}
+            tokens = {n: ["".join("01"[t] for t in row) for row in rows.tolist()] for n, rows in partly.items()}
+            adapted = isinstance(how, GatedCall) and how.adapted
+            self.route.steps.append(RouteStep(skipped, scale, tokens, adapted))
         return skipped
 
     def _replay(self, call: Call, route: Route) -> GateTable:
@@ -84,7 +131,14 @@ class Steering:
         unknown = step.skipped.difference(call.names)
         if unknown:
             raise PlanError(f"call {self._step} of the route skips {min(unknown)}, which this program does not have")
-        return GateTable.of(call.names, skip=step.skipped, scale=step.scale, measures=False)
+        if step.adapted:
+            raise SessionError("a route cannot add what the router's adapters added; open the session with its policy")
+        return GateTable.of(call.names, skip=step.skipped, scale=step.scale, measures=False, routed=step.tokens)
+
+    def _router(self, call: Call) -> RouterProtocol:
+        if self.replayed is None:
+            return Router(call, self.policy)
+        return ReplayedRouter(call, self.replayed.steps[self._step])
 
     @staticmethod
     def _valid(call: Call, mask: torch.Tensor) -> torch.Tensor | None:

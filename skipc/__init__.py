@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         Lagged,
         Observe,
         Policy,
+        Routed,
         SkipDecode,
         Static,
         Unified,
@@ -60,7 +61,8 @@ _HOME = {
     "skipc.ir.gating": ["GateTable"],
     "skipc.ir.route": ["Route"],
     "skipc.runtime.policies": [
-        "AdaSkip", "Call", "EarlyExit", "FFNSkip", "Lagged", "Observe", "Policy", "SkipDecode", "Static", "Unified",
+        "AdaSkip", "Call", "EarlyExit", "FFNSkip", "Lagged", "Observe", "Policy", "Routed", "SkipDecode", "Static",
+        "Unified",
     ],
     "skipc.runtime.sessions": ["Session", "SessionStats"],
 }  # fmt: skip
@@ -69,9 +71,9 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AdaSkip", "AlreadyCompiledError", "Call", "CompiledModel", "Config", "ConfigError", "EarlyExit", "Explanation",
     "FFNSkip", "FallbackError", "GateTable", "Lagged", "NoResidualStreamError", "Observe", "PassError", "PlanError",
-    "Policy", "Reason", "Rejection", "Route", "Session", "SessionError", "SessionStats", "SessionThreadError", "Site",
-    "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified", "UnknownSiteError", "VersionError",
-    "compile", "explain", "find_sites", "generate", "list_options", "package", "session",
+    "Policy", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError", "SessionStats", "SessionThreadError",
+    "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified", "UnknownSiteError",
+    "VersionError", "compile", "explain", "find_sites", "generate", "list_options", "package", "session",
 ]  # fmt: skip
 
 

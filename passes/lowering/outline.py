@@ -22,17 +22,17 @@ from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import copy_graph, fake_mode_of
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
 from skipc.passes.lowering.inductor import Compiled, compile_region, overlapped_builds
-from skipc.passes.lowering.regions import Region, as_it_is
+from skipc.passes.lowering.regions import Region, as_it_is, kernel_calls
 from skipc.passes.lowering.structure import structure_of, translate
 from skipc.passes.manager import PassManager
-from skipc.passes.ops import is_parameter_like, tensor, tensors
+from skipc.passes.ops import is_parameter_like, same_sizes, tensor, tensors
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skipc.ir.config import Config
-from skipc.ir.program import Arm, Layout, ProgramSpec, Size, Step, Var
+from skipc.ir.program import Arm, Gather, Layout, ProgramSpec, Size, Step, Var
 from skipc.ir.site import Site, SiteKind
 
 
@@ -109,6 +109,43 @@ class Outline:
             sites = tuple(t.name for t in slot.junction.terms) if slot.junction else ()
             steps.append(Step(slot.label, sites, arms, stream=self._stream(slot), scalable=self._scalable(slot)))
         return steps
+
+    def _gather(self, step: Step) -> Gather | None:
+        """How the step can run on some of the tokens: an MLP treats each by itself, so what is needed is a region that
+        takes fewer of them."""
+        kinds = {site.name: site.kind for site in self.spec.sites}
+        run = step.arms[0]
+        wise = [kinds[name] in (SiteKind.MLP, SiteKind.MOE) for name in step.sites] == [True]
+        if not (wise and step.scalable and step.stream) or run.region is None or len(run.outputs) != 1 or run.copies:
+            return None
+        nodes = {name: node for node, name in self.names.items()}
+        stream = tensor(nodes[step.stream[0]])
+        assert stream is not None
+        tokens: list[int] = []
+        sizes: list[tuple[int, int]] = []
+        parameters = {self.spec.inputs[i] for i in self.spec.parameters}
+        for i, name in enumerate(run.inputs):
+            value = nodes[name].meta.get("example_value")
+            which = [
+                d for d in (0, 1) if isinstance(value, torch.SymInt) and same_sizes((value,), stream.shape[d : d + 1])
+            ]
+            if name in parameters:
+                continue
+            if isinstance(value, torch.Tensor) and value.dim() >= 2 and same_sizes(value.shape[:2], stream.shape[:2]):
+                tokens.append(i)
+            elif len(which) == 1:
+                sizes.append((i, which[0]))
+            else:
+                return None
+        region = self.regions[run.region]
+        if kernel_calls(region.gm.graph):
+            return Gather(tuple(tokens), tuple(sizes))
+        if stream.dim() != 3:
+            return None
+        symbols = [(n.node.expr, d) for d, n in enumerate(stream.shape[:2]) if isinstance(n, torch.SymInt)]
+        if not symbols or {s for s, _ in symbols} != set(region.symbols):
+            return None
+        return Gather(tuple(tokens), tuple(sizes), symbols[-1][1], tuple(symbols), tuple(region.guards))
 
     def _scalable(self, slot: Slot) -> bool:
         if slot.junction is None or len(slot.junction.terms) != 1 or self._stream(slot) is None:
@@ -222,7 +259,8 @@ class Outline:
             for region in self.regions:
                 self._compile(region, config)
         self._check_shared_guards()
-        self.spec = replace(self.spec, regions=tuple(r.info() for r in self.regions))
+        steps = tuple(replace(s, gather=self._gather(s)) for s in self.spec.steps)
+        self.spec = replace(self.spec, steps=steps, regions=tuple(r.info() for r in self.regions))
         return [r.function for r in self.regions if r.function is not None]
 
     def _compile(self, region: Region, config: Config) -> None:

@@ -5,8 +5,21 @@ from skipc.runtime.policies.base import Call, Policy
 from skipc.runtime.policies.early_exit import EarlyExit
 from skipc.runtime.policies.ffn_skip import FFNSkip
 from skipc.runtime.policies.lagged import Lagged
+from skipc.runtime.policies.router import Routed
 from skipc.runtime.policies.skip_decode import SkipDecode
 from skipc.runtime.policies.static import Observe, Static
 from skipc.runtime.policies.unified import Unified
 
-__all__ = ["AdaSkip", "Call", "EarlyExit", "FFNSkip", "Lagged", "Observe", "Policy", "SkipDecode", "Static", "Unified"]
+__all__ = [
+    "AdaSkip",
+    "Call",
+    "EarlyExit",
+    "FFNSkip",
+    "Lagged",
+    "Observe",
+    "Policy",
+    "Routed",
+    "SkipDecode",
+    "Static",
+    "Unified",
+]

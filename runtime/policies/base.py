@@ -1,8 +1,9 @@
 """What a policy is.
 
 A policy is asked before each compiled call of a session which gates to set, and told afterwards what the call skipped
-and how similar the stream was around each site that ran. It never runs in the middle of a call: what must be decided
-there is part of the :class:`~skipc.ir.gating.GateTable` that it returns, and decided by the program.
+and how similar the stream was around each site that ran. What must be decided in the middle of a call is part of the
+:class:`~skipc.ir.gating.GateTable` that it returns, and decided by the program. Only routers, which look at the stream
+itself, are asked there, site by site (:meth:`Policy.route`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Self
 
+import torch
 from skipc.runtime.gating import Observation
 
 from skipc.ir.gating import GateTable
@@ -67,6 +69,21 @@ class Policy(ABC):
     def decide(self, call: Call) -> GateTable:
         """The gates of a call. Must not change the policy: the call may fail. Return one object for equal answers,
         which the program then need not look at again."""
+
+    def route(self, call: Call, site: str, stream: torch.Tensor) -> torch.Tensor:
+        """Which tokens a site runs on, asked when the stream has come to a site that the gates name as ``routed``.
+
+        Args:
+            stream: ``[batch, tokens, width]``, before the site.
+
+        Returns:
+            bool ``[batch, tokens]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} routes {site}, but does not say how")
+
+    def instead(self, call: Call, site: str, stream: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the stream of tokens that skip a routed site, ``[tokens, width]``; None for nothing."""
+        return None
 
     def observe(self, call: Call, seen: Observation) -> None:
         """The call has run. Not called for a call that failed. Policies that learn nothing need not define it."""

@@ -11,8 +11,8 @@ import torch
 
 from skipc.ir.errors import PlanError, UnknownSiteError
 
-BatchRule = Literal["all", "majority", "mean"]
-BATCH_RULES: tuple[BatchRule, ...] = get_args(BatchRule)
+BatchRule = Literal["all", "majority", "mean", "gather"]
+BATCH_RULES: tuple[BatchRule, ...] = ("all", "majority", "mean")  # by which tokens decide together
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,7 @@ class GateTable:
     A site that runs and whose similarity reaches its threshold closes gates of later sites. The similarity is the fp32
     cosine, for each token, of the residual stream after the site and before it, or before an earlier one (a layer's
     first); ``rule`` says what it means that the tokens of a call reach it: all of them, more than half, or their mean.
+    Under ``gather`` each token decides for itself: a site then runs on the tokens that need it.
 
     Attributes:
         sites: names of the program's sites in order of execution; the axis of all tensors, of length n.
@@ -31,6 +32,7 @@ class GateTable:
         scale: float32 ``[n]``: what a skipped site multiplies the stream by.
         since: int64 ``[n]``: the site before which the stream is compared with; itself, if not an earlier one.
         measures: True if somebody wants to see the similarities of sites that decide nothing.
+        routed: sites about which the policy is asked, token by token, when the stream has come to them.
     """
 
     sites: tuple[str, ...]
@@ -41,6 +43,7 @@ class GateTable:
     since: torch.Tensor
     rule: BatchRule = "all"
     measures: bool = True
+    routed: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -54,6 +57,7 @@ class GateTable:
         since: Mapping[str, str] | None = None,
         rule: BatchRule = "all",
         measures: bool = True,
+        routed: Iterable[str] = (),
     ) -> GateTable:
         """A table by names.
 
@@ -78,9 +82,12 @@ class GateTable:
             torch.arange(n),
             rule,
             measures,
+            frozenset(routed),
         )
-        if rule not in BATCH_RULES:
-            raise PlanError(f"rule is one of {', '.join(BATCH_RULES)}, not {rule!r}")
+        if rule not in get_args(BatchRule):
+            raise PlanError(f"rule is one of {', '.join(get_args(BatchRule))}, not {rule!r}")
+        for name in table.routed:
+            at(name)
         for name in skip:
             table.skip[at(name)] = True
         for name, value in (threshold or {}).items():
@@ -102,6 +109,11 @@ class GateTable:
     def deciding(self) -> frozenset[int]:
         """Numbers of the sites whose similarity may close gates of the same call."""
         return frozenset((self.threshold.isfinite() & self.closes.any(1)).nonzero().flatten().tolist())
+
+    @property
+    def by_token(self) -> bool:
+        """True if tokens of one call may differ in what they skip."""
+        return bool(self.routed) or (self.rule == "gather" and bool(self.deciding))
 
     @cached_property
     def factors(self) -> dict[str, float]:

@@ -31,6 +31,30 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Gather:
+    """How the first arm of a step can run on some of the tokens.
+
+    Attributes:
+        tokens: positions of the arm's inputs that have a row for each token, ``[batch, tokens, ...]``.
+        sizes: positions of those that are a size, and which: 0 for the batch, 1 for the number of tokens.
+        varies: which of the two may be another one; None if both may.
+        symbols: what they are called in
+        guards: expressions that must hold.
+    """
+
+    tokens: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...] = ()
+    varies: int | None = None
+    symbols: tuple[tuple[Any, int], ...] = ()
+    guards: tuple[Any, ...] = ()
+
+    def admits(self, sizes: tuple[int, int]) -> bool:
+        """Whether the arm may be called on such a batch of so many tokens."""
+        values = {symbol: sizes[which] for symbol, which in self.symbols}
+        return all(bool(guard.subs(values)) for guard in self.guards)
+
+
+@dataclass(frozen=True)
 class Step:
     """A stretch of the program between two points of the residual stream."""
 
@@ -40,6 +64,7 @@ class Step:
     releases: tuple[str, ...] = ()  # variables that nobody reads after this step
     stream: tuple[str, str] | None = None  # the residual stream before and after the sites
     scalable: bool = False  # skipping may scale the stream: nothing else that leaves the step is made of the sum
+    gather: Gather | None = None  # how to run on some tokens alone, if that is possible
 
     def arm_for(self, skipped: frozenset[str], kv: KVPolicy) -> int:
         """Index of the arm that leaves out the sites of this step that are in ``skipped``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,10 +15,20 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class RouteStep:
-    """One compiled call: the sites that it skipped, and by what factor other than 1 the stream was scaled there."""
+    """One compiled call.
+
+    Attributes:
+        skipped: sites that no token went through.
+        scale: factors other than 1, by which a skipped site multiplied the stream.
+        tokens: for each site that only some tokens went through, a string for each row of the batch, with a 1 for a
+            token that did and a 0 for one that did not.
+        adapted: True if a router added something to the stream of skipped tokens, which a route cannot do again.
+    """
 
     skipped: frozenset[str]
     scale: Mapping[str, float] = field(default_factory=dict)
+    tokens: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    adapted: bool = False
 
 
 @dataclass
@@ -49,10 +59,15 @@ class Route:
             read = json.loads(Path(path).read_text())
             if read["format"] != _FORMAT:
                 raise ValueError(f"format {read['format']}")
-            return cls([RouteStep(frozenset(s["skipped"]), dict(s["scale"])) for s in read["steps"]])
+            return cls(
+                [RouteStep(frozenset(s["skipped"]), s["scale"], s["tokens"], s["adapted"]) for s in read["steps"]]
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(f"{path} is no route of format {_FORMAT}: {error}") from None
 
     def _text(self) -> str:
-        steps = [{"skipped": sorted(s.skipped), "scale": dict(sorted(s.scale.items()))} for s in self.steps]
-        return json.dumps({"format": _FORMAT, "steps": steps}, indent=1)
+        steps = [
+            {"skipped": sorted(s.skipped), "scale": dict(s.scale), "tokens": dict(s.tokens), "adapted": s.adapted}
+            for s in self.steps
+        ]
+        return json.dumps({"format": _FORMAT, "steps": steps}, indent=1, sort_keys=True)
