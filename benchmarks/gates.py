@@ -1,12 +1,15 @@
 """What open gates cost while every site runs: SmolLM2 decode steps and prefills under policies that never skip.
 
-Peers take turns of some calls in one process; ratios are to exact mode, which has no session at all.
-Run: python benchmarks/gates.py
+Peers take turns of some calls in one process; ratios are to exact mode, which has no session at all. The process keeps
+the memory that it frees (glibc's MALLOC_ settings): otherwise what a prefill takes varies by a tenth with the state of
+the heap, for every peer. Run: python benchmarks/gates.py
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +84,34 @@ def measure(dtype: str, batch: int, prompt: int, cache: int, rounds: int) -> dic
     prefill()
     prefill()
     found["prefill"] = turns(compiled, prefill, max(4, rounds // 4), 2, "prefill")
+    found["decode, cond"] = beside_cond(model, compiled, batch, cache, rounds)
     return found
+
+
+def beside_cond(model: Any, compiled: Any, batch: int, cache: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of plain decode calls of both lowerings, and of Inductor: one graph, all of whose conditionals run."""
+    from transformers import StaticCache
+
+    calls = {
+        "exact": compiled,
+        "cond": skipc.compile(model, fullgraph=True, lowering="cond", on_error="raise"),
+        "inductor": torch.compile(model, fullgraph=True, isolate_recompiles=True),
+    }
+    caches = {}
+    for name in calls:
+        caches[name] = StaticCache(config=model.config, max_cache_len=cache)
+        model(torch.full((batch, 1), 35), past_key_values=caches[name])
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 2):
+        for name, call in calls.items():
+            for j in range(4):
+                for layer in caches[name].layers:
+                    layer.cumulative_length.fill_(256)
+                start = time.perf_counter()
+                call(torch.full((batch, 1), 35), past_key_values=caches[name])
+                if i >= 2 and j > 0:
+                    times[name].append(time.perf_counter() - start)
+    return times
 
 
 @click.command()
@@ -94,6 +124,9 @@ def measure(dtype: str, batch: int, prompt: int, cache: int, rounds: int) -> dic
 @click.option("--json", "path", help="Write the figures here.")
 def main(dtypes: Any, batch: int, prompt: int, cache: int, rounds: int, threads: int, path: str | None) -> None:
     """Compare policies that never skip with exact mode."""
+    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     torch.set_num_threads(threads)
     check_load()
     table = Table(title=f"all sites run: time over exact mode (batch {batch}, prompt {prompt}, {threads} threads)")

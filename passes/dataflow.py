@@ -7,7 +7,7 @@ of their base, hence every access to a written storage can be put in order.
 ==========  ==================================================================
 edge        meaning
 ==========  ==================================================================
-data        FX argument
+data        FX argument, but for sizes of tensors, which are known before their values
 read        a write, and a later access of the same storage (true dependence)
 order       an access, and a later write of the same storage
 ==========  ==================================================================
@@ -19,7 +19,7 @@ from collections import defaultdict
 
 import torch
 from skipc.passes.fx_edit import positions
-from skipc.passes.ops import tensors, written_arguments
+from skipc.passes.ops import op_name, tensors, written_arguments
 from torch import fx
 
 
@@ -28,6 +28,13 @@ def _storage(value: torch.Tensor) -> int:
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         value = torch._C._functorch.get_unwrapped(value)
     return value.untyped_storage()._cdata
+
+
+def _reads_size(node: fx.Node) -> bool:
+    """True for ``x.size(0)``, ``x.shape`` and the like."""
+    if op_name(node) == "getattr":
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    return op_name(node) in ("size", "sym_size", "dim", "numel", "stride", "sym_numel")
 
 
 class Dataflow:
@@ -56,6 +63,10 @@ class Dataflow:
         )
         self.sources: dict[fx.Node, set[fx.Node]] = {n: set(n.all_input_nodes) for n in self.nodes}
         self.before: dict[fx.Node, set[fx.Node]] = defaultdict(set)
+        for node in self.nodes:
+            if _reads_size(node):  # known before the value is: not a dependence, but it cannot run earlier either
+                self.before[node].update(self.sources[node])
+                self.sources[node] = set()
         self._order_accesses()
         self.users: dict[fx.Node, set[fx.Node]] = {n: set() for n in self.nodes}
         for node, sources in self.sources.items():
