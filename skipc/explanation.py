@@ -82,10 +82,18 @@ class Explanation:
                 continue
             parts.append("  passes: " + ", ".join(f"{p.name} {p.matched} ({p.milliseconds:.0f} ms)" for p in g.passes))
             parts += [f"    {p.name}: {note}" for p in g.passes if p.name != "find_sites" for note in p.notes]
-            parts.append("  lowering: outline, " + _regions(g.spec))
+            parts.append(
+                f"  lowering: {self.config.lowering}, " + _LOWERINGS.get(self.config.lowering, _regions(g.spec))
+            )
             report = str(SiteReport(g.spec.sites, g.rejected))
             parts += [f"  {line}" for line in report.splitlines()]
         return "\n".join(parts)
+
+
+_LOWERINGS = {
+    "cond": "one Inductor graph with a torch.cond at each site; no native kernels",
+    "static": "one Inductor graph without the sites of the plan; no native kernels",
+}
 
 
 def _regions(spec: ProgramSpec) -> str:

@@ -58,7 +58,10 @@ class Lagged(Policy):
         """Sites to skip at this step."""
         ready = call.phase == "decode" and self._steps >= self.warmup
         skip = frozenset(n for n, since in self._skipped_for.items() if since < self.refresh) if ready else frozenset()
-        return self._tables.get((call.sites, skip), lambda: GateTable.of(call.names, skip=skip))
+        measures = call.phase == "decode"
+        return self._tables.get(
+            (call.sites, skip, measures), lambda: GateTable.of(call.names, skip=skip, measures=measures)
+        )
 
     def observe(self, call: Call, seen: Observation) -> None:
         """Update the means of what ran, and decide about the next step."""
