@@ -1,22 +1,19 @@
 """What open gates cost while every site runs: SmolLM2 decode steps and prefills under policies that never skip.
 
-Peers take turns of some calls in one process; ratios are to exact mode, which has no session at all. The process keeps
-the memory that it frees (glibc's MALLOC_ settings): otherwise what a prefill takes varies by a tenth with the state of
-the heap, for every peer. Run: python benchmarks/gates.py
+Peers take turns of some calls in one process; ratios are to exact mode, which has no session at all.
+Run: python benchmarks/gates.py
 """
 
 from __future__ import annotations
 
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import click
 import torch
-from common import check_load, console, ratio, save
+from common import check_load, console, keep_freed_memory, ratio, save
 from rich.table import Table
 
 import skipc
@@ -124,9 +121,7 @@ def beside_cond(model: Any, compiled: Any, batch: int, cache: int, rounds: int) 
 @click.option("--json", "path", help="Write the figures here.")
 def main(dtypes: Any, batch: int, prompt: int, cache: int, rounds: int, threads: int, path: str | None) -> None:
     """Compare policies that never skip with exact mode."""
-    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-        os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    keep_freed_memory()
     torch.set_num_threads(threads)
     check_load()
     table = Table(title=f"all sites run: time over exact mode (batch {batch}, prompt {prompt}, {threads} threads)")

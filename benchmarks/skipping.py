@@ -1,6 +1,8 @@
 """Time against the share of the work that is skipped: SmolLM2, decode steps and prefills, by batch.
 
-The share is that of the skipped regions' own time, taken step by step beforehand. Run: python benchmarks/skipping.py
+The share is that of the skipped regions' own time, taken step by step beforehand. (Of a decode step at batch 1, whose
+sublayers run joined, steps by themselves take half as long again: benchmarks/decode_step.py measures them joined.)
+Run: python benchmarks/skipping.py
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 import click
 import torch
-from common import check_load, console, save
+from common import check_load, console, keep_freed_memory, save
 from rich.table import Table
 
 import skipc
@@ -99,6 +101,7 @@ def main(
     dtype: str, batches: Any, prompt: int, cache: int, rounds: int, threads: int, path: str | None, plot: str | None
 ) -> None:
     """Measure."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
     check_load()
     record: dict[str, Any] = {}
