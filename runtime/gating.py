@@ -77,6 +77,8 @@ class GatedCall:
         skipped: bool ``[sites]``: the table's at first; afterwards, all that the call skipped.
         moments: by the shape of a stream, ``[batch, tokens]``, those of its sites: fp32 ``[sites, batch, tokens, 3]``,
             NaN where a site did not run.
+        partly: bool ``[batch, tokens]``: those that went through a site, if only some did.
+        adapted: True if something was added to the stream of tokens that skipped a site.
     """
 
     def __init__(
@@ -84,21 +86,22 @@ class GatedCall:
         plan: GatedSpec,
         table: GateTable,
         valid: torch.Tensor | None = None,
-        extent: tuple[int, int] | None = None,
+        extent: tuple[int, int] = (0, 0),
+        device: torch.device | None = None,
         router: Router | None = None,
     ):
         plan.check(table)
         self.plan, self.table, self.valid, self.router = plan, table, valid, router
-        self.partly: dict[
-            str, torch.Tensor
-        ] = {}  # bool [batch, tokens]: those that went through a site, if only some did
-        self.adapted = False  # something was added to the stream of tokens that skipped a site
-        self._closed: dict[int, torch.Tensor] = {}  # bool [batch, tokens]: tokens that skip a site, if only some do
+        self.partly: dict[str, torch.Tensor] = {}
+        self.adapted = False
+        self._closed: dict[int, torch.Tensor] = {}  # bool [batch, tokens]: those that skip a site
         self.skipped = table.skip.clone()
         self.moments: dict[tuple[int, ...], torch.Tensor] = {}
         self._before: dict[int, torch.Tensor] = {}
-        if extent is not None and 0 not in extent:
-            self._block(extent)  # before the program allocates: what outlives its values would tear holes in the heap
+        if 0 not in extent:
+            self._block(
+                extent, device
+            )  # before the program allocates: what outlives its values would tear holes in the heap
 
     # -- asked by the program -----------------------------------------------------------------------------------------
 
@@ -166,7 +169,7 @@ class GatedCall:
             found = moments(before if since is None else self._before.get(since), after)
             if found is None:
                 continue
-            block = self._block(found.shape[:-1])
+            block = self._block(found.shape[:-1], found.device)
             if rows is not None:
                 found = torch.where(rows[..., None], found, torch.nan)
             block[site] = found
@@ -185,20 +188,20 @@ class GatedCall:
 
     def note_moments(self, site: int, found: torch.Tensor) -> None:
         """The moments of a site, if it ran; decisions were made elsewhere."""
-        self._block(found.shape[:-1])[site] = found
+        self._block(found.shape[:-1], found.device)[site] = found
 
     def gates(self, x: torch.Tensor) -> Gates:
         """For a chain that is entered with ``x``, ``[..., width]``."""
-        return self._gates(self._block(x.shape[:-1]))
+        return self._gates(self._block(x.shape[:-1], x.device))
 
     def _close_tokens(self, site: int, reached: torch.Tensor) -> None:
         for other in self.table.closes[site].nonzero().flatten().tolist():
             closed = self._closed.get(other)
             self._closed[other] = reached if closed is None or closed.shape != reached.shape else closed | reached
 
-    def _block(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def _block(self, shape: tuple[int, ...], device: torch.device | None) -> torch.Tensor:
         if shape not in self.moments:
-            self.moments[shape] = torch.full((len(self.skipped), *shape, 3), torch.nan)
+            self.moments[shape] = torch.full((len(self.skipped), *shape, 3), torch.nan, device=device)
         return self.moments[shape]
 
     def _gates(self, block: torch.Tensor) -> Gates:

@@ -105,7 +105,7 @@ class Session:
         self._compilations = 0
         self._unreached = set(self.skip)
         self._checked: set[Program] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a policy may ask for statistics
         known = known_sites(self.parameters)
         if known:
             self._check_names(known)

@@ -101,7 +101,8 @@ class Steering:
             return call, table, program.arms_for(table.skipped, kv)
         valid = None if self.mask is None else self._valid(call, self.mask)
         router = self._router(call) if table.routed else None
-        return call, table, GatedCall(program.gated(kv), table, valid, (batch, tokens), router)
+        device = next((t.device for t in inputs if isinstance(t, torch.Tensor)), None)
+        return call, table, GatedCall(program.gated(kv), table, valid, (batch, tokens), device, router)
 
     def ran(self, call: Call, table: GateTable, program: Program, how: Arms | GatedCall) -> frozenset[str]:
         """The call has run: the sites that it skipped."""
