@@ -38,10 +38,12 @@ if TYPE_CHECKING:
         Lagged,
         Observe,
         Policy,
+        PredictionExit,
         Routed,
         SkipDecode,
         Static,
         Unified,
+        Worthwhile,
     )
     from skipc.runtime.sessions import Session, SessionStats
 
@@ -61,8 +63,8 @@ _HOME = {
     "skipc.ir.gating": ["GateTable"],
     "skipc.ir.route": ["Route"],
     "skipc.runtime.policies": [
-        "AdaSkip", "Call", "EarlyExit", "FFNSkip", "Lagged", "Observe", "Policy", "Routed", "SkipDecode", "Static",
-        "Unified",
+        "AdaSkip", "Call", "EarlyExit", "FFNSkip", "Lagged", "Observe", "Policy", "PredictionExit", "Routed",
+        "SkipDecode", "Static", "Unified", "Worthwhile",
     ],
     "skipc.runtime.sessions": ["Session", "SessionStats"],
 }  # fmt: skip
@@ -71,9 +73,10 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AdaSkip", "AlreadyCompiledError", "Call", "CompiledModel", "Config", "ConfigError", "EarlyExit", "Explanation",
     "FFNSkip", "FallbackError", "GateTable", "Lagged", "NoResidualStreamError", "Observe", "PassError", "PlanError",
-    "Policy", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError", "SessionStats", "SessionThreadError",
-    "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified", "UnknownSiteError",
-    "VersionError", "compile", "explain", "find_sites", "generate", "list_options", "package", "session",
+    "Policy", "PredictionExit", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError", "SessionStats",
+    "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified",
+    "UnknownSiteError", "VersionError", "Worthwhile", "compile", "explain", "find_sites", "generate", "list_options",
+    "package", "session",
 ]  # fmt: skip
 
 

@@ -142,7 +142,8 @@ class Outline:
             return Gather(tuple(tokens), tuple(sizes))
         if stream.dim() != 3:
             return None
-        symbols = [(n.node.expr, d) for d, n in enumerate(stream.shape[:2]) if isinstance(n, torch.SymInt)]
+        extent: tuple[Any, ...] = tuple(stream.shape[:2])
+        symbols = [(n.node.expr, d) for d, n in enumerate(extent) if isinstance(n, torch.SymInt)]
         if not symbols or {s for s, _ in symbols} != set(region.symbols):
             return None
         return Gather(tuple(tokens), tuple(sizes), symbols[-1][1], tuple(symbols), tuple(region.guards))

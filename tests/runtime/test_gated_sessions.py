@@ -164,6 +164,25 @@ def test_a_failed_call_leaves_no_trace(models: Any) -> None:
     assert all(int(layer.cumulative_length) == 6 for layer in cache.layers)
 
 
+def test_gates_that_do_not_pay_pause(models: Any) -> None:
+    """A policy that skips too little stops being asked for a while; one that skips enough goes on."""
+    model, _, compiled = models
+    asked: list[int] = []
+
+    class Asked(skipc.Static):
+        def decide(self, call: skipc.Call) -> skipc.GateTable:
+            asked.append(call.position)
+            return super().decide(call)
+
+    for skip, expected in (((), [0, 4, 5, 9, 10]), ((SITES[1],), [0, *range(4, 14)])):
+        asked.clear()
+        policy = skipc.Worthwhile(Asked(skip, phases=("decode",)), share=0.2, window=2, pause=3)
+        with compiled.session(policy=policy, record=True) as session:
+            run(model, compiled, [4, *[1] * 10])
+        assert asked[: len(expected)] == expected
+        assert [bool(s.skipped) for s in session.route.steps] == [False] + [bool(skip)] * 10
+
+
 def test_bad_settings_are_refused(models: Any, tmp_path: Path) -> None:
     model, _, compiled = models
     with pytest.raises(skipc.SessionError, match="goes with neither"):

@@ -558,3 +558,58 @@ def test_routers(models: Any, capacity: float | None, batch: int, adapted: bool)
 
     check(models, policy, rule, batch)
     assert {0.0, 1.0} <= set(rules[-1].shares)
+
+
+class PredictionRule(TokenRule):
+    def __init__(self, model: Any, criterion: str, threshold: float, patience: int, rule: str):
+        super().__init__()
+        self.model, self.criterion, self.threshold, self.patience, self.rule = (
+            model,
+            criterion,
+            threshold,
+            patience,
+            rule,
+        )
+
+    def start(self) -> None:
+        self.left: torch.Tensor | None = None
+        self.predictions: list[torch.Tensor] = []
+
+    def tokens(self, name: str, hidden: torch.Tensor) -> torch.Tensor | None:
+        if ".layers.0." in name:
+            return None
+        if name.endswith("attn"):
+            logits = self.model.lm_head(self.model.model.norm(hidden))[..., :2].float()
+            if self.criterion == "confidence":
+                confident = logits.softmax(-1).amax(-1)
+                self.closest = min(self.closest, (confident - self.threshold).abs().min().item())
+                left = confident >= self.threshold
+            else:
+                self.predictions.append(logits.argmax(-1))
+                last = self.predictions[-self.patience - 1 :]
+                settled = len(last) > self.patience
+                left = torch.stack([p == last[0] for p in last]).all(0) & settled
+            self.left = left if self.left is None else self.left | left
+        assert self.left is not None
+        return ~(self.left if self.rule == "gather" else self.left.all().expand(self.left.shape))
+
+
+@pytest.mark.parametrize("rule", ["gather", "all"])
+@pytest.mark.parametrize(("criterion", "patience"), [("confidence", 1), ("patience", 1), ("patience", 2)])
+def test_exit_by_prediction(models: Any, criterion: Any, patience: int, rule: Any) -> None:
+    only_outline(models)
+    model = models[0]
+
+    def head(stream: torch.Tensor) -> torch.Tensor:
+        return model.lm_head(model.model.norm(stream))[..., :2]  # type: ignore[no-any-return]
+
+    policy = skipc.PredictionExit(head, criterion, 0.54, patience, rule=rule)
+    rules: list[PredictionRule] = []
+
+    def made() -> Rule:
+        rules.append(PredictionRule(models[1] if not rules else model, criterion, 0.54, patience, rule))
+        return rules[-1]
+
+    check(models, policy, made, batch=2)
+    assert 0.0 in rules[-1].shares
+    assert rule == "all" or any(0 < share < 1 for share in rules[-1].shares)
