@@ -323,13 +323,15 @@ class _Inserter:
         if of_layer is not None:
             own = self._call(operator.eq, self._call(operator.getitem, self.since, number), number)
             found = self._call(torch.where, own, found, of_layer)
+        here = self._call(operator.getitem, self.skipped, number)
+        if len(slot.junction.terms) > 1:  # type: ignore[union-attr]
+            found = self._call(torch.where, here, torch.nan, found)  # it may be that of the site beside this one
         self.moments[number] = found
         stream, other = tensor(slot.junction.add), tensor(self.junctions[-1].add)  # type: ignore[union-attr]
         assert stream is not None
         assert other is not None
         masked = same_sizes(stream.shape[:-1], other.shape[:-1])
         threshold = self._call(operator.getitem, self.threshold, number)
-        here = self._call(operator.getitem, self.skipped, number)
         closes = self._call(operator.getitem, self.closes, number)
         arguments = (found, threshold, here, closes, self.skipped, self.rule, self.valid if masked else None)
         self.skipped = self._call(close_gates, *arguments)
