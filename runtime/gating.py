@@ -253,7 +253,7 @@ class Observation:
             else:
                 cosines = self._masked(cosine(block))
                 found = (cosines if cosines.dim() == 2 else cosines.flatten(2).nanmean(2)).tolist()
-            rows = [old if old and old[0] == old[0] else new for old, new in zip(rows, found, strict=True)]
+            rows = [old if any(v == v for v in old) else new for old, new in zip(rows, found, strict=True)]
         return rows
 
     def _masked(self, found: torch.Tensor) -> torch.Tensor:

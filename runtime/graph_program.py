@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from skipc.kernels.similarity import RULE_CODES
-from skipc.runtime.gating import GatedCall
+from skipc.runtime.gating import GatedCall, GatedSpec
 from skipc.runtime.program import Arms, BoundProgram, Measurement, Program, Selection
 
 from skipc.ir.errors import PlanError, SessionError
@@ -25,6 +25,22 @@ class _OneGraph(Program):
     ):
         super().__init__(spec, (), kv, partial)
         self.function = function
+
+    def arms_for(self, skip: frozenset[str], kv: KVPolicy) -> Arms:
+        """As for any program; the KV policy was compiled in."""
+        self._check_kv(kv)
+        return super().arms_for(skip, kv)
+
+    def gated(self, kv: KVPolicy) -> GatedSpec:
+        """As for any program; the KV policy was compiled in."""
+        self._check_kv(kv)
+        return super().gated(kv)
+
+    def _check_kv(self, kv: KVPolicy) -> None:
+        if kv != self.default_kv:
+            raise PlanError(
+                f"compiled for kv={self.default_kv!r}: under lowering={self.lowering!r} a session cannot use kv={kv!r}"
+            )
 
     def bound(self, selection: Selection, inputs: Sequence[Any]) -> BoundProgram:
         """The program on inputs that stay."""
@@ -84,14 +100,6 @@ class CondProgram(_OneGraph):
             how.note_moments(site, found)
         return self.unshared(inputs, tuple(made[:count]))
 
-    def arms_for(self, skip: frozenset[str], kv: KVPolicy) -> Arms:
-        """As for any program; the KV policy was compiled in."""
-        if kv != self.default_kv:
-            raise PlanError(
-                f"compiled for kv={self.default_kv!r}: under lowering='cond' a session cannot use kv={kv!r}"
-            )
-        return super().arms_for(skip, kv)
-
 
 class StaticProgram(_OneGraph):
     """One graph without the sites of a plan."""
@@ -121,6 +129,7 @@ class StaticProgram(_OneGraph):
         Raises:
             PlanError: if something else is asked for.
         """
+        self._check_kv(kv)
         plan = self.skipped_by(self.exact)
         if skip and skip != plan:
             raise PlanError(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from skipc.runtime.policies.base import Phase, Policy
 from skipc.runtime.policies.static import Static
-from skipc.runtime.steering import Steering, steering_for
+from skipc.runtime.steering import Steering
 
 from skipc.ir.errors import FallbackError, SessionError, SessionThreadError, UnknownSiteError
 from skipc.ir.program import KVPolicy
@@ -94,9 +94,14 @@ class Session:
             raise TypeError(f"policy is a skipc.Policy, not {type(policy).__name__}")
         self.model = model
         self.skip = frozenset(skip)
+        if policy is not None and route is not None:
+            raise SessionError("a session follows either a policy or a route")
         if (self.skip or measure) and (policy is not None or route is not None):
             raise SessionError("a policy or a route goes with neither skip nor measure; skipc.Static skips a fixed set")
-        self.steering = steering_for(policy or (Static(self.skip) if record else None), record, route)
+        if record and measure:
+            raise SessionError("record goes without measure")
+        steered = policy is not None or route is not None or record
+        self.steering = Steering(policy or Static(self.skip), record, route) if steered else None
         self.kv = kv
         self.measuring = measure
         self.parameters = _parameters(model)

@@ -9,7 +9,6 @@ import torch
 from skipc.runtime.gating import GatedCall, Observation
 from skipc.runtime.gating import Router as RouterProtocol
 from skipc.runtime.policies.base import Call, Phase, Policy
-from skipc.runtime.policies.static import Static
 from skipc.runtime.similarity_stats import SimilarityStats
 
 from skipc.ir.errors import PlanError, SessionError
@@ -146,12 +145,3 @@ class Steering:
         if mask.dim() != 2 or call.tokens <= 1 or mask.shape[1] < call.position + call.tokens:
             return None
         return mask[:, call.position : call.position + call.tokens].bool().contiguous()
-
-
-def steering_for(policy: Policy | None, record: bool, route: Route | None) -> Steering | None:
-    """What a session with these settings needs."""
-    if policy is None and route is None and not record:
-        return None
-    if policy is not None and route is not None:
-        raise SessionError("a session follows either a policy or a route")
-    return Steering(policy or Static(()), record, route)

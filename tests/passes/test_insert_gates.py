@@ -148,6 +148,14 @@ def test_cond_and_static_equal_eager(name: str) -> None:
     assert set(session.stats().skipped) == skip
     with pytest.raises(skipc.PlanError, match="was compiled to skip"), static.session(skip=names[:1]):
         static(**inputs)
+    for one in (static, compiled):
+        with pytest.raises(skipc.PlanError, match="cannot use kv='none'"), one.session(skip=skip, kv="none"):
+            one(**inputs)
+    with (
+        pytest.raises(skipc.PlanError, match="cannot use kv='none'"),
+        compiled.session(policy=skipc.Static(skip, measures=True), kv="none"),
+    ):
+        compiled(**inputs)
     with pytest.raises(skipc.SessionError, match="takes no similarities"), static.session(policy=skipc.Observe()):
         static(**inputs)
     with pytest.raises(skipc.SessionError, match="measure=True needs"), compiled.session(measure=True):

@@ -187,6 +187,8 @@ def test_bad_settings_are_refused(models: Any, tmp_path: Path) -> None:
     model, _, compiled = models
     with pytest.raises(skipc.SessionError, match="goes with neither"):
         compiled.session(policy=skipc.Observe(), skip=SITES[:1])
+    with pytest.raises(skipc.SessionError, match="without measure"):
+        compiled.session(record=True, measure=True)
     with pytest.raises(TypeError, match=r"skipc\.Policy"):
         compiled.session(policy="adaskip")
     with pytest.raises(skipc.SessionError, match="either a policy or a route"):
