@@ -80,8 +80,7 @@ def reached(found: torch.Tensor, threshold: float, rule: BatchRule, valid: torch
         rule: ``all`` tokens reach it, the ``majority`` does, or their ``mean``.
         valid: bool ``[...]``, False for padding; None if there is none. Without a valid token nothing is reached.
     """
-    dot, before, after = found.double().unbind(-1)
-    cosines = (dot / (before.sqrt() * after.sqrt()).clamp(min=_TINY))[... if valid is None else valid]
+    cosines = cosine(found.double())[... if valid is None else valid]
     if cosines.numel() == 0:
         return False
     if rule == "mean":

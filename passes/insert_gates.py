@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from skipc.kernels.similarity import stream_moments
+from skipc.kernels.similarity import cosine, stream_moments
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import fake_mode_of
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
@@ -22,7 +22,7 @@ from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams, Term
 from torch import fx
 
-from skipc.ir.errors import PassError, PlanError
+from skipc.ir.errors import PassError
 from skipc.ir.program import KVPolicy
 
 GATE_INPUTS = ("skip", "threshold", "closes", "scale", "since", "rule", "valid")
@@ -191,7 +191,7 @@ class _Inserter:
         escapes = self.arms.escapes(slot)
         views = [e for e in escapes if self.flow.storages[e] & self.flow.input_storages]
         values = [e for e in escapes if e not in views]
-        chosen = {frozenset(t.name for t in gone): self._arm(slot, list(gone))
+        chosen = {frozenset(t.name for t in gone): self.arms.allowed(slot, list(gone), self.kv)
                   for count in range(len(terms) + 1) for gone in combinations(terms, count)}  # fmt: skip
         read = dict.fromkeys([slot.entry, *(i for arm in chosen.values() for i in arm.inputs)])
         read.update((b, None) for arm in chosen.values() for _, b in arm.copies if b not in values)
@@ -221,14 +221,6 @@ class _Inserter:
                 if span is not None and layer is not None:
                     self.layers[number] = span[0]
                 self._measured(slot, number, found, of_layer)
-
-    def _arm(self, slot: Slot, gone: list[Term]) -> ArmGraph:
-        if self.kv == "none" and gone and (self.arms.droppable(slot, gone) or self.arms.refusal(slot, gone)):
-            arm = self.arms.build(slot, gone, "none")
-            if arm.refused:
-                raise PlanError(f"kv='none' cannot skip {', '.join(t.name for t in gone)}: {arm.refused}")
-            return arm
-        return self.arms.build(slot, gone, "project")
 
     def _after(self, slot: Slot, values: Sequence[fx.Node]) -> fx.Node | None:
         """The stream behind the slot, if it can be compared with the one before: their sum, or what is made of it."""
@@ -277,16 +269,7 @@ class _Inserter:
         assert cut.slot.entry is not None
         assert cut.slot.junction is not None
         arm, given = cut.arms[gone], dict(zip(cut.operands, inputs, strict=False))
-        made: dict[fx.Node, fx.Node] = {}
-        if arm.graph is not None:
-            inside: dict[fx.Node, fx.Node] = {}
-            for node in arm.graph.nodes:
-                if node.op == "placeholder":
-                    inside[node] = given[arm.inputs[len(inside)]]
-                elif node.op == "output":
-                    made = {e: inside[r] for e, r in zip(arm.outputs, node.args[0], strict=True)}
-                else:
-                    inside[node] = graph.node_copy(node, inside.__getitem__)
+        made = arm.copy_into(graph, given.__getitem__)
         for escape, twin in arm.copies:
             source, value = made[twin] if twin in made else given[twin], tensor(escape)
             if gone and len(cut.terms) == 1 and escape is cut.slot.junction.add and value is not None:
@@ -379,8 +362,7 @@ def close_gates(
         rule: int64 scalar, index in :data:`skipc.ir.gating.BATCH_RULES`.
         valid: bool ``[...]``.
     """
-    dot, before, after = found.double().unbind(-1)
-    cosines = dot / (before.sqrt() * after.sqrt()).clamp(min=1e-8)
+    cosines = cosine(found.double())
     there = torch.ones_like(cosines, dtype=torch.bool) if valid is None else valid.to(cosines.device)
     count = there.sum()
     above = ((cosines.float() >= threshold) & there).sum()

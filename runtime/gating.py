@@ -34,13 +34,8 @@ class GatedSpec:
         self.sites = [tuple(self.place[name] for name in step.sites) for step in spec.steps]
         self.arms: list[dict[tuple[int, ...], int]] = []
         for step in spec.steps:
-            arms: dict[tuple[int, ...], int] = {}
-            for arm in step.arms:
-                chosen = step.arm_for(arm.skipped, kv)
-                if (why := step.arms[chosen].refused) is not None:
-                    raise PlanError(f"kv={kv!r} cannot skip {', '.join(sorted(arm.skipped))}: {why}; use kv='project'")
-                arms[tuple(sorted(self.place[name] for name in arm.skipped))] = chosen
-            self.arms.append(arms)
+            names = {tuple(sorted(self.place[n] for n in arm.skipped)): arm.skipped for arm in step.arms}
+            self.arms.append({sites: step.arm_for(skipped, kv) for sites, skipped in names.items()})
         self._checked: GateTable | None = None
 
     def check(self, table: GateTable) -> None:

@@ -20,7 +20,7 @@ from skipc.runtime.huge_pages import back_with_huge_pages
 from skipc.runtime.replay import note_call
 from skipc.runtime.rows import gathered
 
-from skipc.ir.errors import PassError, PlanError
+from skipc.ir.errors import PassError
 from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Size, Step, Var
 
 _MAX_BOUND = 256  # plans that a program keeps ready
@@ -180,10 +180,6 @@ class Program:
         if key not in self._plans:
             _make_room(self._plans)
             arms = tuple(step.arm_for(skip, kv) for step in self.spec.steps)
-            for step, arm in zip(self.spec.steps, arms, strict=True):
-                if step.arms[arm].refused:
-                    names = ", ".join(sorted(step.arms[arm].skipped))
-                    raise PlanError(f"kv={kv!r} cannot skip {names}: {step.arms[arm].refused}; use kv='project'")
             self._plans[key] = self.exact if arms == self.exact else arms
         return self._plans[key]
 

@@ -14,6 +14,7 @@ from skipc.passes.residual import Term
 from torch import fx
 from torch._prims_common import is_contiguous_or_false
 
+from skipc.ir.errors import PlanError
 from skipc.ir.program import KVPolicy
 
 
@@ -28,6 +29,18 @@ class ArmGraph:
     outputs: list[fx.Node]
     copies: list[tuple[fx.Node, fx.Node]]
     refused: str | None = None
+
+    def copy_into(self, graph: fx.Graph, given: Callable[[fx.Node], fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Append the arm to ``graph``, where ``given`` stands for its inputs. Returns what its outputs are there."""
+        inside: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes if self.graph is not None else ():
+            if node.op == "placeholder":
+                inside[node] = given(self.inputs[len(inside)])
+            elif node.op == "output":
+                return {e: inside[r] for e, r in zip(self.outputs, node.args[0], strict=True)}
+            else:
+                inside[node] = graph.node_copy(node, inside.__getitem__)
+        return {}
 
 
 class ArmBuilder:
@@ -51,6 +64,18 @@ class ArmBuilder:
                 yield self.build(slot, list(skipped), "project")
                 if self.droppable(slot, list(skipped)) or self.refusal(slot, list(skipped)):
                     yield self.build(slot, list(skipped), "none")
+
+    def allowed(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> ArmGraph:
+        """The arm without ``skipped``, under ``kv`` where that makes a difference.
+
+        Raises:
+            PlanError: if it would give wrong answers.
+        """
+        drops = kv == "none" and skipped and (self.droppable(slot, skipped) or self.refusal(slot, skipped))
+        arm = self.build(slot, skipped, "none" if drops else "project")
+        if arm.refused:
+            raise PlanError(f"kv='none' cannot skip {', '.join(sorted(arm.skipped))}: {arm.refused}")
+        return arm
 
     # -- what a slot does to the outside ------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from skipc.passes.residual import Streams
 from torch import fx
 
 from skipc.ir.config import Config
-from skipc.ir.errors import PlanError, UnknownSiteError
+from skipc.ir.errors import UnknownSiteError
 from skipc.ir.program import KVPolicy
 
 
@@ -56,19 +56,8 @@ def without(gm: fx.GraphModule, streams: Streams, plan: Iterable[str], kv: KVPol
             env[node]._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
     for slot in partition.slots:
         skipped = [t for t in slot.junction.terms if t.name in gone] if slot.junction is not None else []
-        drops = kv == "none" and skipped and (builder.droppable(slot, skipped) or builder.refusal(slot, skipped))
-        arm = builder.build(slot, skipped, "none" if drops else "project")
-        if arm.refused:
-            raise PlanError(f"kv='none' cannot skip {', '.join(sorted(arm.skipped))}: {arm.refused}")
-        inside: dict[fx.Node, fx.Node] = {}
-        for node in arm.graph.nodes if arm.graph is not None else ():
-            if node.op == "placeholder":
-                inside[node] = lift(arm.inputs[len(inside)])
-            elif node.op == "output":
-                env.update((e, inside[r]) for e, r in zip(arm.outputs, node.args[0], strict=True))
-            else:
-                inside[node] = graph.node_copy(node, inside.__getitem__)
-                inside[node].meta = dict(node.meta)
+        arm = builder.allowed(slot, skipped, kv)
+        env.update(arm.copy_into(graph, lift))
         env.update((escape, lift(twin)) for escape, twin in arm.copies)
     graph.output(fx.map_arg(flow.nodes[-1].args[0], lift))
     made = fx.GraphModule(gm, graph)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from skipc.ir.errors import PlanError
 from skipc.ir.site import Site
 
 KVPolicy = Literal["project", "none"]
@@ -67,10 +68,17 @@ class Step:
     gather: Gather | None = None  # how to run on some tokens alone, if that is possible
 
     def arm_for(self, skipped: frozenset[str], kv: KVPolicy) -> int:
-        """Index of the arm that leaves out the sites of this step that are in ``skipped``."""
+        """Index of the arm that leaves out the sites of this step that are in ``skipped``.
+
+        Raises:
+            PlanError: if leaving them out under ``kv`` would give wrong answers.
+        """
         here = skipped.intersection(self.sites)
         fits = [i for i, arm in enumerate(self.arms) if arm.skipped == here]
-        return next((i for i in fits if self.arms[i].kv == kv), fits[0])
+        chosen = next((i for i in fits if self.arms[i].kv == kv), fits[0])
+        if (why := self.arms[chosen].refused) is not None:
+            raise PlanError(f"kv={kv!r} cannot skip {', '.join(sorted(here))}: {why}; use kv='project'")
+        return chosen
 
 
 @dataclass(frozen=True)
