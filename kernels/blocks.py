@@ -19,6 +19,10 @@ library.define(
     "cache_block(Tensor x, Tensor? norm, float eps, Tensor[] projections, Tensor?[] biases, Tensor? k_norm, "
     "float head_eps, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, Tensor position) -> ()"
 )
+library.define(
+    "copy_rows(Tensor from_keys, Tensor from_values, Tensor(a!) keys, Tensor(b!) values, Tensor position, int tokens) "
+    "-> ()"
+)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -124,6 +128,25 @@ def cache_block(
     _write(_turned(k, k_norm, head_eps, cos, sin), v, keys, values, position)
 
 
+def copy_rows(
+    from_keys: torch.Tensor,
+    from_values: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    tokens: int,
+) -> None:
+    """What a skipped attention keeps under ``kv="copy"``: the rows of another attention's cache at the same places.
+
+    Args:
+        from_keys, from_values, keys, values: ``[batch, heads, length, dim]``, fp32 or bf16; rows are contiguous.
+        position: int64, the place of the first of ``tokens``, or ``[tokens]``, of each.
+    """
+    places = position + torch.arange(tokens) if position.dim() == 0 else position
+    for source, target in ((from_keys, keys), (from_values, values)):
+        target.index_copy_(2, places, source.index_select(2, places))
+
+
 def _turned(
     heads: torch.Tensor, norm: torch.Tensor | None, eps: float, cos: torch.Tensor | None, sin: torch.Tensor | None
 ) -> torch.Tensor:
@@ -144,6 +167,7 @@ def _wide(t: torch.Tensor | None) -> torch.Tensor | None:
 
 library.impl("attention_block", attention_block, "CompositeExplicitAutograd")
 library.impl("cache_block", cache_block, "CompositeExplicitAutograd")
+library.impl("copy_rows", copy_rows, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("skipc::attention_block")
@@ -153,6 +177,7 @@ def _(*args: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.register_fake("skipc::cache_block")
+@torch.library.register_fake("skipc::copy_rows")
 def _(*args: torch.Tensor) -> None:
     return None
 
@@ -162,6 +187,7 @@ SUBLAYERS = frozenset(
     [
         torch.ops.skipc.attention_block.default,
         torch.ops.skipc.cache_block.default,
+        torch.ops.skipc.copy_rows.default,
         torch.ops.skipc.gated_mlp.default,
         torch.ops.skipc.skinny_linear.default,
     ]

@@ -14,7 +14,7 @@ from skipc.kernels.similarity import RULE_CODES, reached, stream_moments
 
 from skipc.ir.gating import BATCH_RULES, GateTable
 
-ATTENTION, MLP, COUNT, CACHE, LINEAR, WHEN, PASS, MEASURE = range(8)
+ATTENTION, MLP, COUNT, CACHE, LINEAR, WHEN, PASS, MEASURE, COPY = range(9)
 ENTRY, NOTHING = -1, -2  # what a link reads or adds, where it is no other link's result
 
 library.define(
@@ -110,6 +110,11 @@ class Links:
         self.tensors += [norm, *weights, *biases, k_norm, cos, sin, keys, values, position]
         self.numbers += [eps, head_eps]
 
+    def copy(self, arguments: Sequence[Any]) -> None:
+        """Append a ``copy_rows``."""
+        self.code += [COPY, arguments[5]]
+        self.tensors += arguments[:5]
+
     def when(self, site: int, skipped: bool) -> None:
         """The next link runs only if site number ``site`` is skipped, or is not."""
         self.code += [WHEN, site, int(skipped)]
@@ -163,7 +168,7 @@ class _Interpreter:
     def run(self) -> torch.Tensor:
         links = {
             ATTENTION: self._attention, MLP: self._mlp, COUNT: self._count, CACHE: self._cache, LINEAR: self._linear,
-            PASS: self._pass, MEASURE: self._measure,
+            PASS: self._pass, MEASURE: self._measure, COPY: self._copy,
         }  # fmt: skip
         while self.at < len(self.code):
             kind, self.site, runs = self._whole(), -1, True
@@ -198,6 +203,11 @@ class _Interpreter:
         norm, weights, biases, rest = self.tensor(), self._several(parts), self._several(parts), self._several(6)
         if runs:
             torch.ops.skipc.cache_block(source, norm, eps, weights, biases, rest[0], head_eps, *rest[1:])
+
+    def _copy(self, runs: bool) -> None:
+        tokens, operands = self._whole(), self._several(5)
+        if runs:
+            torch.ops.skipc.copy_rows(*operands, tokens)
 
     def _attention(self, runs: bool) -> None:
         source, residual, parts, causal = self._stream(), self._stream(), self._whole(), bool(self._whole())

@@ -111,7 +111,7 @@ def _read_inputs(
     x = tensor(projection.args[0])
     if set(leaves[-1] or ()) != {projection} or x is None or x.dim() != 3 or not is_static(projection):
         return None
-    position = _position(writes[0].args[2], x.shape[1], inside)
+    position = position_of(writes[0].args[2], x.shape[1], inside)
     if position is None or not _fits(projection, keys, values, position, inputs, output):
         return None
     rest = [n for n in graph.nodes if n.op not in ("placeholder", "output") and n not in inside]
@@ -179,8 +179,8 @@ def _fits(
     )
 
 
-def _position(places: Any, tokens: int, inside: set[fx.Node]) -> fx.Node | None:
-    """Where the tokens go: an input that names all places, or the first one."""
+def position_of(places: Any, tokens: int, inside: set[fx.Node]) -> fx.Node | None:
+    """Where ``tokens`` go: an input that names all places, or the first. What computes the places joins ``inside``."""
     if not isinstance(places, fx.Node):
         return None
     leaves = leaves_of(places, inside)

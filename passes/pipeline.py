@@ -10,6 +10,7 @@ from skipc.passes.functionalize_inplace import FunctionalizeInplace
 from skipc.passes.hoist_slices import HoistSlices
 from skipc.passes.lower_attention import LowerAttention
 from skipc.passes.lower_attention_block import LowerAttentionBlock
+from skipc.passes.lower_copied_keys import LowerCopiedKeys
 from skipc.passes.lower_gated_mlp import LowerGatedMLP
 from skipc.passes.lower_linears import LowerLinears
 from skipc.passes.narrow_kv_cache import NarrowKVCache
@@ -31,5 +32,6 @@ REGION_PIPELINE: tuple[type[Pass], ...] = (
     LowerAttention,
     LowerGatedMLP,  # before linears, which would take it apart
     LowerLinears,  # by region: what is grouped into one call is what that region needs
-    LowerAttentionBlock,  # last: it joins what the others made
+    LowerAttentionBlock,  # behind these: it joins what they made
+    LowerCopiedKeys,
 )

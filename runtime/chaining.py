@@ -225,6 +225,10 @@ class _Builder:
             self.links.count(counter, amount)
             self.counted.add(counter)
             return counter not in self.values
+        if call.name == "copy_rows":
+            self.links.copy(arguments)
+            self.written |= dict.fromkeys(arguments[2:4])
+            return not self.counted.intersection(arguments[:5]) and not any(a in self.values for a in arguments[:5])
         x, residual = arguments[0], None if call.name == "cache_block" else arguments[-1]
         if self.entry is None:
             self.entry = x

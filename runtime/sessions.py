@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 
 import torch
 from skipc.runtime.policies.base import Phase, Policy
@@ -88,8 +88,8 @@ class Session:
     ):
         if isinstance(skip, str):
             raise TypeError("skip is a collection of site names, not one string")
-        if kv not in (None, "project", "none"):
-            raise SessionError(f"kv is 'project' or 'none', not {kv!r}")
+        if kv is not None and kv not in get_args(KVPolicy):
+            raise SessionError(f"kv is one of {', '.join(map(repr, get_args(KVPolicy)))}, not {kv!r}")
         if policy is not None and not isinstance(policy, Policy):
             raise TypeError(f"policy is a skipc.Policy, not {type(policy).__name__}")
         self.model = model

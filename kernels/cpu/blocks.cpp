@@ -170,6 +170,48 @@ void cache_block(const Tensor& x, const Maybe& norm, double eps, const std::vect
   x.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
 }
 
+// What a skipped attention keeps under kv="copy": what another cache has at the same places.
+template <typename T>
+struct CopyRows {
+  int64_t B, H, D, Dv, L, tokens;
+  Cache<T> from_keys, from_values, keys, values;
+  const int64_t* position;
+  bool counter;
+
+  CopyRows(const Tensor& from_keys, const Tensor& from_values, const Tensor& keys, const Tensor& values,
+           const Tensor& position, int64_t tokens)
+      : B(keys.size(0)), H(keys.size(1)), D(keys.size(3)), Dv(values.size(3)),
+        L(std::min(std::min(from_keys.size(2), from_values.size(2)), std::min(keys.size(2), values.size(2)))),
+        tokens(tokens), from_keys(from_keys), from_values(from_values), keys(keys), values(values),
+        position((const int64_t*)position.const_data_ptr()), counter(position.dim() == 0) {}
+
+  int64_t place(int64_t i) const { return counter ? *position + i : position[i]; }
+  void check() const {
+    for (int64_t i = 0; i < tokens; i++)
+      STD_TORCH_CHECK(place(i) >= 0 && place(i) < L, "copy_rows: index out of bounds: position ", place(i),
+                      " of a cache of ", L);
+  }
+  // Called by every thread of a team. Ends without a barrier.
+  void run() const {
+#pragma omp for schedule(static) nowait
+    for (int64_t task = 0; task < B * H * tokens; task++) {
+      const int64_t b = task / (H * tokens), h = task / tokens % H, l = place(task % tokens);
+      std::memcpy(keys.at(b, h, l), from_keys.at(b, h, l), D * sizeof(T));
+      std::memcpy(values.at(b, h, l), from_values.at(b, h, l), Dv * sizeof(T));
+    }
+  }
+};
+
+void copy_rows(const Tensor& from_keys, const Tensor& from_values, const Tensor& keys, const Tensor& values,
+               const Tensor& position, int64_t tokens) {
+  const auto run = [&](auto zero) {
+    const CopyRows<decltype(zero)> rows(from_keys, from_values, keys, values, position, tokens);
+    rows.check();
+    rows.run();
+  };
+  keys.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
+}
+
 // The gates of one call: which sites are skipped, and when a similarity skips more. Semantics: kernels/chain.py, Gates.
 struct Gates {
   int64_t sites = 0, rows = 0, rule = 0;
@@ -238,7 +280,7 @@ void moments_of(const T* x, const T* y, int64_t width, float* out) {
 // `code` holds for each link its kind, whose output it reads and adds (-1: the entry; -2: nothing), and its own numbers.
 template <typename T>
 struct Chain {
-  enum Kind { ATTENTION, MLP, COUNT, CACHE, LINEAR, WHEN, PASS, MEASURE };
+  enum Kind { ATTENTION, MLP, COUNT, CACHE, LINEAR, WHEN, PASS, MEASURE, COPY };
   struct Link {
     Kind kind;
     int64_t x = 0, residual = 0, out = 0;  // indices of streams
@@ -246,6 +288,7 @@ struct Chain {
     std::optional<AttentionBlock<T>> attention;
     std::optional<GatedMLP<T>> mlp;
     std::optional<Linears<T>> linear;
+    std::optional<CopyRows<T>> copy;
     int64_t* counter = nullptr;
     int64_t amount = 0;
   };
@@ -289,6 +332,11 @@ struct Chain {
       if (kind == COUNT) {
         link.counter = (int64_t*)(*tensor++)->mutable_data_ptr();
         link.amount = *at++;
+        continue;
+      }
+      if (kind == COPY) {
+        link.copy.emplace(*tensor[0], *tensor[1], *tensor[2], *tensor[3], *tensor[4], *at++);
+        tensor += 5;
         continue;
       }
       if (kind == PASS || kind == MEASURE) {
@@ -339,8 +387,10 @@ struct Chain {
     T* const to = (T*)result.mutable_data_ptr();
     streams.front() = (T*)x.const_data_ptr();
     streams.back() = to;  // nobody in the chain reads the last one
-    for (const Link& link : links)
+    for (const Link& link : links) {
       if (link.attention) link.attention->check();
+      if (link.copy) link.copy->check();
+    }
     const int64_t entry_width = x.size(x.dim() - 1), rows = rows_of(x);
     std::vector<uint8_t> skipped(gates.sites);  // as the call leaves it: the first thread's
 #pragma omp parallel num_threads(threads_for(work))
@@ -381,7 +431,9 @@ struct Chain {
       }
       const T *in = stream[link.x], *add = link.residual < 0 ? nullptr : stream[link.residual];
       T* to = link.out ? stream[link.out] : nullptr;
-      if (link.attention)
+      if (link.copy)
+        link.copy->run();
+      else if (link.attention)
         link.attention->run(in, add, to, scratch.get());
       else if (link.mlp)
         link.mlp->run(in, add, to, scratch.get());
@@ -529,6 +581,7 @@ Tensor stream_moments(const Tensor& before, const Tensor& after) {
 STABLE_TORCH_LIBRARY_IMPL(skipc, CPU, m) {
   m.impl("attention_block", TORCH_BOX(&attention_block));
   m.impl("cache_block", TORCH_BOX(&cache_block));
+  m.impl("copy_rows", TORCH_BOX(&copy_rows));
   m.impl("chain", TORCH_BOX(&chain));
   m.impl("bind_chain", TORCH_BOX(&bind_chain));
   m.impl("call_chain", TORCH_BOX(&call_chain));

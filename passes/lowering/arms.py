@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
+from typing import get_args
 
 import sympy
 import torch
+from skipc.passes.lowering.borrowing import Borrowed, Keeping, keeping
 from skipc.passes.ops import is_statement, same_sizes, tensor
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Term
@@ -16,6 +18,7 @@ from torch._prims_common import is_contiguous_or_false
 
 from skipc.ir.errors import PlanError
 from skipc.ir.program import KVPolicy
+from skipc.ir.site import SiteKind
 
 
 @dataclass
@@ -61,9 +64,9 @@ class ArmBuilder:
         terms = slot.junction.terms if slot.junction else []
         for count in range(1, len(terms) + 1):
             for skipped in combinations(terms, count):
-                yield self.build(slot, list(skipped), "project")
-                if self.droppable(slot, list(skipped)) or self.refusal(slot, list(skipped)):
-                    yield self.build(slot, list(skipped), "none")
+                for kv in get_args(KVPolicy):
+                    if kv == "project" or self._differs(slot, list(skipped), kv):
+                        yield self.build(slot, list(skipped), kv)
 
     def allowed(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> ArmGraph:
         """The arm without ``skipped``, under ``kv`` where that makes a difference.
@@ -71,11 +74,16 @@ class ArmBuilder:
         Raises:
             PlanError: if it would give wrong answers.
         """
-        drops = kv == "none" and skipped and (self.droppable(slot, skipped) or self.refusal(slot, skipped))
-        arm = self.build(slot, skipped, "none" if drops else "project")
+        arm = self.build(slot, skipped, kv if skipped and self._differs(slot, skipped, kv) else "project")
         if arm.refused:
-            raise PlanError(f"kv='none' cannot skip {', '.join(sorted(arm.skipped))}: {arm.refused}")
+            raise PlanError(f"kv={kv!r} cannot skip {', '.join(sorted(arm.skipped))}: {arm.refused}")
         return arm
+
+    def _differs(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> bool:
+        """Whether ``kv`` is not the same as "project" here."""
+        if kv == "none":
+            return bool(self.droppable(slot, skipped) or self.refusal(slot, skipped, kv))
+        return kv == "copy" and bool(self.borrowed(slot, skipped) or self.refusal(slot, skipped, kv))
 
     # -- what a slot does to the outside ------------------------------------------------------------------------------
 
@@ -114,6 +122,30 @@ class ArmBuilder:
             if self.flow.depends(e, slot.entry) and any(e in t.branch or self.flow.depends(t.value, e) for t in skipped)
         ]
 
+    def borrowed(self, slot: Slot, skipped: list[Term]) -> list[Borrowed]:
+        """What the skipped sites keep under kv="copy"; nothing if they are the lowest of their kind, which project."""
+        assert slot.entry is not None
+        assert slot.junction is not None
+        mine = self._keepings(slot, skipped)
+        for lower in reversed(self.partition.slots[: slot.index] if mine else []):
+            if lower.junction is None or lower.junction.stream != slot.junction.stream:
+                continue
+            theirs = self._keepings(lower, lower.junction.terms)
+            pairs = list(zip(mine, theirs, strict=False))
+            if len(mine) == len(theirs) and all(a and b and a.like(b) for a, b in pairs):
+                return [Borrowed(a, b, slot.entry) for a, b in pairs if a and b]
+        return []
+
+    def _keepings(self, slot: Slot, terms: list[Term]) -> list[Keeping | None]:
+        """How the attentions among ``terms`` keep their keys and values; None for what is of no known form."""
+        attentions = [t for t in terms if t.kind in (SiteKind.ATTENTION, SiteKind.CROSS_ATTENTION)]
+        values = [n for n in self.kept(slot, attentions) if n not in self.flow.writes]
+        return [keeping(self.flow, slot, n) for n in (*self.droppable(slot, attentions), *values)]
+
+    def slice_of(self, slot: Slot, roots: list[fx.Node]) -> set[fx.Node]:
+        """What ``roots`` need, of the nodes of ``slot``."""
+        return self._slice(roots, set(slot.nodes), lambda n: n.all_input_nodes)
+
     # -- one arm ------------------------------------------------------------------------------------------------------
 
     def build(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> ArmGraph:
@@ -130,11 +162,17 @@ class ArmBuilder:
             roots = [n for n in roots if not (is_statement(n) and any(n in t.branch for t in skipped))]
         if kv == "none":
             roots = [n for n in roots if n not in self.droppable(slot, skipped)]
-        refused = self.refusal(slot, skipped) if kv == "none" else None
-        return self._emit(slot, names, kv, alias, roots, self.escapes(slot), refused)
+        borrowed = {b.kept.node: b for b in self.borrowed(slot, skipped)} if kv == "copy" else {}
+        refused = self.refusal(slot, skipped, kv)
+        return self._emit(slot, names, kv, alias, borrowed, roots, self.escapes(slot), refused)
 
-    def refusal(self, slot: Slot, skipped: list[Term]) -> str | None:
-        """Why kv="none" would be wrong for ``skipped``, if it would."""
+    def refusal(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> str | None:
+        """Why ``kv`` would be wrong for ``skipped``, if it would."""
+        if kv == "project":
+            return None
+        if kv == "copy":
+            unknown = None in self._keepings(slot, skipped)
+            return "what it keeps is made of other tokens, too, or cannot be read back" if unknown else None
         output = self.flow.nodes[-1]
         for write in self.droppable(slot, skipped):
             if any(self._outside(u, write) and u is not output for u in self.flow.users[write]):
@@ -164,6 +202,7 @@ class ArmBuilder:
         names: frozenset[str],
         kv: KVPolicy,
         alias: dict[fx.Node, fx.Node],
+        borrowed: dict[fx.Node, Borrowed],
         roots: list[fx.Node],
         escapes: list[fx.Node],
         refused: str | None,
@@ -175,9 +214,14 @@ class ArmBuilder:
                 node = alias[node]
             return node
 
-        needed = self._slice([*roots, *map(resolve, escapes)], inside, alias, resolve)
+        def read_by(node: fx.Node) -> list[fx.Node]:
+            if node in borrowed:
+                return borrowed[node].arguments
+            return list(map(resolve, [alias[node]] if node in alias else node.all_input_nodes))
+
+        needed = self._slice([*roots, *map(resolve, escapes)], inside, read_by)
         body = [n for n in slot.nodes if n in needed]
-        inputs = self._inputs(slot, body, alias, resolve)
+        inputs = self._inputs(slot, body, read_by)
         graph = fx.Graph()
         copied = {node: _placeholder(graph, node) for node in inputs}
 
@@ -188,8 +232,14 @@ class ArmBuilder:
             return copied[node]
 
         for node in body:
-            copied[node] = _copy_of(graph, lift(alias[node]), node) if node in alias else graph.node_copy(node, lift)
+            if node in borrowed:
+                copied[node] = borrowed[node].emit(graph, lift)
+            elif node in alias:
+                copied[node] = _copy_of(graph, lift(alias[node]), node)
+            else:
+                copied[node] = graph.node_copy(node, lift)
             copied[node].meta = dict(node.meta)
+        lent = self.kept(slot, slot.junction.terms) if slot.junction else []  # higher arms may copy of it
         outputs: list[fx.Node] = []
         results: list[fx.Node] = []
         copies: list[tuple[fx.Node, fx.Node]] = []
@@ -202,35 +252,29 @@ class ArmBuilder:
                 copies.append((escape, value))
             else:
                 outputs.append(escape)
-                results.append(self._kept_layout(graph, copied[value], escape))
+                results.append(self._kept_layout(graph, copied[value], escape, escape in lent))
         if not body:
             return ArmGraph(names, kv, None, [], [], copies, refused)
         graph.output(tuple(results))
         return ArmGraph(names, kv, graph, inputs, outputs, copies, refused)
 
-    def _kept_layout(self, graph: fx.Graph, result: fx.Node, escape: fx.Node) -> fx.Node:
+    def _kept_layout(self, graph: fx.Graph, result: fx.Node, escape: fx.Node, lent: bool) -> fx.Node:
         """``result``, contiguous if Dynamo saw it so. AOTAutograd's decompositions may change strides (``cat`` with an
         empty tensor becomes a copy that keeps them), and the regions that read the value are compiled for Dynamo's. It
         costs nothing where they agree."""
         value = tensor(escape)
         read_by_slots = any(u in self.partition.place and self._outside(u, escape) for u in escape.users)
         shared = self.flow.storages[escape] & (self.flow.input_storages | self.flow.written)
-        if value is None or not read_by_slots or shared or not is_contiguous_or_false(value):
+        if value is None or not (read_by_slots or lent) or shared or not is_contiguous_or_false(value):
             return result
         made = graph.call_method("contiguous", (result,))
         made.meta = dict(escape.meta)
         return made
 
-    def _inputs(
-        self,
-        slot: Slot,
-        body: list[fx.Node],
-        alias: dict[fx.Node, fx.Node],
-        resolve: Callable[[fx.Node], fx.Node],
-    ) -> list[fx.Node]:
+    def _inputs(self, slot: Slot, body: list[fx.Node], read_by: Callable[[fx.Node], list[fx.Node]]) -> list[fx.Node]:
         """What an arm reads from outside: the stream point, then values in order of use, then size symbols."""
         inside = set(body)
-        read = [s for n in body for s in map(resolve, [alias[n]] if n in alias else n.all_input_nodes)]
+        read = [s for n in body for s in read_by(n)]
         outer = dict.fromkeys(v for v in read if v not in inside and v.op != "get_attr")
         if slot.entry in outer:
             outer = {slot.entry: None, **outer}
@@ -242,8 +286,7 @@ class ArmBuilder:
         self,
         roots: list[fx.Node],
         inside: set[fx.Node],
-        alias: dict[fx.Node, fx.Node],
-        resolve: Callable[[fx.Node], fx.Node],
+        read_by: Callable[[fx.Node], list[fx.Node]],
     ) -> set[fx.Node]:
         """What the roots need, of the nodes inside the slot."""
         needed: set[fx.Node] = set()
@@ -253,9 +296,8 @@ class ArmBuilder:
             if node in needed:
                 continue
             needed.add(node)
-            arguments = [alias[node]] if node in alias else node.all_input_nodes
             writes = self.flow.sources[node].difference(node.all_input_nodes)  # that it must see, whatever it reads
-            stack += [s for s in (*map(resolve, arguments), *writes) if s in inside]
+            stack += [s for s in (*read_by(node), *writes) if s in inside]
         return needed
 
     def _may_share(self, total: fx.Node, kept: fx.Node) -> bool:

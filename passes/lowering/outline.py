@@ -32,8 +32,10 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skipc.ir.config import Config
-from skipc.ir.program import Arm, Gather, Layout, ProgramSpec, Size, Step, Var
+from skipc.ir.program import Arm, Gather, KVPolicy, Layout, ProgramSpec, Size, Step, Var
 from skipc.ir.site import Site, SiteKind
+
+_SKIPPED: dict[KVPolicy, str] = {"project": "skipped", "none": "dropped", "copy": "copied"}
 
 
 class Outline:
@@ -183,8 +185,8 @@ class Outline:
         """True if no later slot, and no caller through the outputs, sees what ``arm`` does: it writes to inputs of the
         graph that nothing touches again. Such an arm is a few cheap calls, each of which costs ten times more with the
         processor's caches full of weights than one after the other at the end of the program."""
-        if arm.outputs or any(n.op != "placeholder" for n in arm.inputs):
-            return False
+        if arm.outputs or arm.kv == "copy" or any(n.op != "placeholder" for n in arm.inputs):
+            return False  # (a later arm may copy what this one has copied)
         mine = frozenset().union(*(self.flow.storages[n] for n in arm.inputs))
         place = self.partition.place
         return not any(
@@ -207,7 +209,7 @@ class Outline:
         if arm.skipped:
             assert slot.junction is not None
             gone = "_".join(t.kind.value for t in slot.junction.terms if t.name in arm.skipped)
-            kinds = f"{kinds}_without_{gone}" if kinds else f"{gone}_{'skipped' if arm.kv == 'project' else 'dropped'}"
+            kinds = f"{kinds}_without_{gone}" if kinds else f"{gone}_{_SKIPPED[arm.kv]}"
         base = kinds or slot.label
         taken = {*self.names.values(), *(r.name for r in self.regions)}
         region = Region(
@@ -228,7 +230,7 @@ class Outline:
                 private = self._private(slot, term.name)
                 writes = self.builder.droppable(slot, [term])
                 returned = self.builder.kept(slot, [term])
-                slice_size = len(self.builder._slice([*writes, *returned], set(slot.nodes), {}, lambda n: n))
+                slice_size = len(self.builder.slice_of(slot, [*writes, *returned]))
                 sites.append(
                     Site(
                         name=term.name,

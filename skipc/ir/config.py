@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from skipc.ir.errors import ConfigError, nearest
+from skipc.ir.program import KVPolicy
 
 
 class Config(BaseModel):
@@ -32,10 +33,11 @@ class Config(BaseModel):
         "the sites of `plan`.",
     )
     plan: tuple[str, ...] = Field((), description="Names of the sites that lowering='static' leaves out.")
-    kv: Literal["project", "none"] = Field(
+    kv: KVPolicy = Field(
         "project",
         description="What a skipped attention writes to its KV cache. project: its keys and values, as if it ran. "
-        "none: nothing (only where the cache is written in place).",
+        "none: nothing (only where the cache is written in place). copy: those of the nearest attention below that ran "
+        "(the lowest one projects).",
     )
     huge_pages: bool = Field(
         True,

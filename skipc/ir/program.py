@@ -11,7 +11,7 @@ from typing import Any, Literal
 from skipc.ir.errors import PlanError
 from skipc.ir.site import Site
 
-KVPolicy = Literal["project", "none"]
+KVPolicy = Literal["project", "none", "copy"]  # what a skipped attention keeps: see Config.kv
 Size = int | tuple[int, int] | None  # a constant; or (input, dimension), where -1 is the input itself; or unknown
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 

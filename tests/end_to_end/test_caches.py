@@ -66,6 +66,18 @@ def test_prefill_and_decode(models: tuple[Any, Any, Any], cache: str, batch: int
         assert_no_further(truth, eager, ours)
 
 
+def deeper_llama() -> Any:
+    """Four layers, so that there are attentions between others."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
 def test_kv_none_leaves_the_cache_alone() -> None:
     """With a set that is fixed for the request, dropped keys are never read: same logits, nothing written."""
     model = ZOO["llama"].build()
@@ -83,6 +95,84 @@ def test_kv_none_leaves_the_cache_alone() -> None:
     assert caches["project"].layers[0].keys[:, :, :7].abs().sum() > 0
     assert caches["none"].layers[0].keys.abs().sum() == 0
     assert int(caches["none"].layers[0].cumulative_length) == 7  # counters are kept
+
+
+def copied(model: Any, kv: Any, skip: set[str], tokens: int) -> None:
+    """What ``kv="copy"`` means, after a call in eager: the rows of skipped attentions are those of the one below."""
+    below = None
+    for i, layer in enumerate(kv.layers):
+        if below is not None and f"model.layers.{i}.self_attn" in skip:
+            end = int(layer.get_seq_length())
+            for mine, lower in ((layer.keys, below.keys), (layer.values, below.values)):
+                mine[:, :, end - tokens : end] = lower[:, :, end - tokens : end]
+        below = layer
+
+
+@pytest.mark.parametrize(
+    ("lowering", "cache", "batch"),
+    [("outline", "static", 1), ("outline", "static", 3), ("outline", "dynamic", 3), ("cond", "static", 1)],
+)
+def test_kv_copy_keeps_what_the_attention_below_keeps(lowering: str, cache: str, batch: int) -> None:
+    """Another set at each call, so that copied rows are read; chunks of 6, 3 and 1 tokens."""
+    torch._dynamo.reset()  # forget sizes that earlier tests made dynamic
+    model = deeper_llama()
+    double = in_double(model, {})[0]
+    compiled = skipc.compile(model, fullgraph=True, lowering=lowering, kv="copy", **STRICT)
+    attentions = [f"model.layers.{i}.self_attn" for i in range(4)]
+    tokens = torch.randint(3, 90, (batch, 32), generator=torch.Generator().manual_seed(2))
+    chunks = [6, 3, 1, 1, 1, 1]
+    sets = [{*attentions[1:3]}, {attentions[3]}, {*attentions}, set(), {attentions[1], attentions[3]}, set()]
+
+    def make(of: Any) -> Any:
+        config = model.config
+        return StaticCache(config=config, max_cache_len=32) if cache == "static" else DynamicCache(config=config)
+
+    ours_kv, eager_kv, double_kv = make(model), make(model), make(double)
+    at = 0
+    for count, skip in zip(chunks, sets, strict=True):
+        now = tokens[:, at : at + count]
+        found = []
+        for reference, kv in ((model, eager_kv), (double, double_kv)):
+            with eager_skip(reference, skip):
+                found.append(reference(now, past_key_values=kv).logits)
+            copied(reference, kv, skip, count)
+        with compiled.session(skip=skip):
+            ours = compiled(now, past_key_values=ours_kv).logits
+        assert_no_further(found[1], found[0], ours)
+        at += count
+    for mine, theirs in zip(ours_kv.layers, eager_kv.layers, strict=True):
+        assert mine.keys.shape == theirs.keys.shape
+        torch.testing.assert_close(mine.keys, theirs.keys)
+        torch.testing.assert_close(mine.values, theirs.values)
+
+
+def test_kv_copy_is_refused_where_keys_cannot_be_read_back() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.o = (torch.nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, cache: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+            k = self.k(x)
+            cache.scatter_(1, at[:, :, None].expand_as(k), k)
+            return x + self.o(torch.nn.functional.scaled_dot_product_attention(self.q(x), cache, cache))
+
+    class Stack(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Layer() for _ in range(2))
+
+        def forward(self, x: torch.Tensor, caches: list[torch.Tensor], at: torch.Tensor) -> torch.Tensor:
+            for layer, cache in zip(self.layers, caches, strict=True):
+                x = layer(x, cache, at)
+            return x
+
+    model = Stack().eval()
+    compiled = skipc.compile(model, fullgraph=True, kv="copy", **STRICT)
+    inputs = torch.randn(1, 2, 16), [torch.zeros(1, 8, 16) for _ in range(2)], torch.arange(2)[None]
+    compiled(*inputs)
+    with pytest.raises(skipc.PlanError, match="cannot be read back"), compiled.session(skip={"layers.1.o"}):
+        compiled(*inputs)
 
 
 def test_kv_none_is_refused_where_the_caller_keeps_keys() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from skipc.kernels import native
-from skipc.kernels.blocks import attention_block
+from skipc.kernels.blocks import attention_block, copy_rows
 from skipc.kernels.chain import ENTRY, NOTHING, BoundChain, Links, chain
 from torch.nn import functional as F
 
@@ -166,20 +166,39 @@ def test_a_chain_has_the_bits_of_its_links(dtype: torch.dtype, batch: int, token
                              "values", "position")]  # fmt: skip
     cached[3:5] = c["projections"][1:], c["biases"][1:]
     links.cache(first, cached)
-    kept = [t.clone() for t in (a["keys"], b["keys"], c["keys"])]
+    d = {name: torch.zeros_like(c[name]) for name in ("keys", "values")}
+    links.copy((c["keys"], c["values"], d["keys"], d["values"], c["position"], tokens))  # what was written just before
+    caches = (a["keys"], b["keys"], c["keys"], d["keys"], d["values"])
+    kept = [t.clone() for t in caches]
     expected = chain(x, links.tensors, links.code, links.numbers)
-    written = [t.clone() for t in (a["keys"], b["keys"], c["keys"])]
+    written = [t.clone() for t in caches]
     assert counter.item() == 261 + tokens
     counter.fill_(261)
-    for cache, before in zip((a["keys"], b["keys"], c["keys"]), kept, strict=True):
+    for cache, before in zip(caches, kept, strict=True):
         cache.copy_(before)
     found = torch.ops.skipc.chain(x, links.tensors, links.code, links.numbers, [], 0)
     assert torch.equal(found, expected)
-    assert torch.equal(a["keys"], written[0])
-    assert torch.equal(b["keys"], written[1])
-    assert torch.equal(c["keys"], written[2])
-    assert not torch.equal(c["keys"], kept[2])
+    for cache, before, after in zip(caches, kept, written, strict=True):
+        assert torch.equal(cache, after)
+        assert not torch.equal(cache, before)
+    assert torch.equal(d["values"][:, :, 261 : 261 + tokens], c["values"][:, :, 261 : 261 + tokens])
     assert counter.item() == 261 + tokens
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("places", [torch.tensor(7), torch.tensor([9, 3, 4])])
+def test_rows_are_copied_between_caches_of_any_strides(dtype: torch.dtype, places: torch.Tensor) -> None:
+    shape = (2, 3, 12, 8)
+    lower = [torch.randn(shape).to(dtype), torch.randn(2, 12, 3, 8).to(dtype).transpose(1, 2)]
+    mine = [torch.randn(2, 12, 3, 8).to(dtype).transpose(1, 2), torch.randn(2, 3, 20, 8).to(dtype)[:, :, 4:16]]
+    expected = [t.clone() for t in mine]
+    copy_rows(*lower, *expected, places, 3)
+    torch.ops.skipc.copy_rows(*lower, *mine, places, 3)
+    assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+    rows = places + torch.arange(3) if places.dim() == 0 else places
+    assert torch.equal(mine[0][:, :, rows], lower[0][:, :, rows])
+    with pytest.raises(RuntimeError, match="position 12 of a cache of 12"):
+        torch.ops.skipc.copy_rows(*lower, *mine, torch.tensor(10), 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,6 +11,7 @@ from skipc.passes.base import PassContext
 from skipc.passes.fold_grouped_queries import FoldGroupedQueries
 from skipc.passes.lower_attention import LowerAttention
 from skipc.passes.lower_attention_block import LowerAttentionBlock
+from skipc.passes.lower_copied_keys import LowerCopiedKeys
 from skipc.passes.lower_linears import LowerLinears
 from skipc.passes.manager import PassManager
 from skipc.passes.ops import written_arguments
@@ -167,6 +168,30 @@ def test_what_a_skipped_attention_leaves(batch: int, tokens: int) -> None:
         result(*ours)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["", "other places", "one cache", "rows are scaled"])
+def test_copied_keys(form: str) -> None:
+    """What an attention that is skipped under ``kv="copy"`` leaves."""
+
+    def copied(lower: Any, keys: Any, values: Any, count: Any) -> Any:
+        places = count + torch.arange(2)
+        for source, target in ((lower[0], keys), (keys if form == "one cache" else lower[1], values)):
+            rows = source.index_select(2, places + 1 if form == "other places" else places)
+            target.index_copy_(2, places, rows * 2 if form == "rows are scaled" else rows)
+        count.add_(2)
+
+    def caches() -> tuple[Any, ...]:
+        return tuple(torch.randn(1, KV, LENGTH, D) for _ in range(2))
+
+    gm, given = capture(copied, caches(), *caches(), torch.tensor(4))
+    result = PassManager(PassContext(), (LowerCopiedKeys,)).run(gm)
+    assert ("copy_rows" in ops(result)) == (form == "")
+    ours, theirs = ([t.clone() for t in given] for _ in range(2))
+    with torch.no_grad():
+        gm(*theirs)
+        result(*ours)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("form", OTHERS)

@@ -206,6 +206,7 @@ class TestManager:
             "lower_gated_mlp",
             "lower_linears",
             "lower_attention_block",
+            "lower_copied_keys",
         ]
         assert len(explanation.sites) == 2  # sums in place stay hidden
 
