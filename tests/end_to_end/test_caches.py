@@ -146,30 +146,70 @@ def test_kv_copy_keeps_what_the_attention_below_keeps(lowering: str, cache: str,
         torch.testing.assert_close(mine.values, theirs.values)
 
 
-def test_kv_copy_is_refused_where_keys_cannot_be_read_back() -> None:
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.k, self.o = (torch.nn.Linear(16, 16) for _ in range(3))
+class CachingLayer(torch.nn.Module):
+    """Attention that writes two tokens to its cache, in some form."""
 
-        def forward(self, x: torch.Tensor, cache: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-            k = self.k(x)
-            cache.scatter_(1, at[:, :, None].expand_as(k), k)
-            return x + self.o(torch.nn.functional.scaled_dot_product_attention(self.q(x), cache, cache))
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.q, self.k, self.o = (torch.nn.Linear(16, 16) for _ in range(3))
 
-    class Stack(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = torch.nn.ModuleList(Layer() for _ in range(2))
+    def forward(self, x: torch.Tensor, cache: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        k = self.k(x)
+        if self.form == "scatter_":
+            cache.scatter_(1, at[None, :, None].expand_as(k), k)
+        elif self.form == "setitem":
+            cache[:, at] = k
+        elif self.form == "index_put_":
+            cache.index_put_((torch.arange(1)[:, None], at[None]), k)
+        elif self.form == "copy_":
+            cache[:, 4:6].copy_(k)
+        else:
+            cache[:, 4:6] = k
+        return x + self.o(torch.nn.functional.scaled_dot_product_attention(self.q(x), cache, cache))
 
-        def forward(self, x: torch.Tensor, caches: list[torch.Tensor], at: torch.Tensor) -> torch.Tensor:
-            for layer, cache in zip(self.layers, caches, strict=True):
-                x = layer(x, cache, at)
-            return x
 
-    model = Stack().eval()
+class CachingStack(torch.nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(CachingLayer(form) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, caches: list[torch.Tensor], at: torch.Tensor) -> torch.Tensor:
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, cache, at)
+        return x
+
+
+def caching(form: str) -> tuple[torch.nn.Module, torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    torch.manual_seed(0)
+    return (
+        CachingStack(form).eval(),
+        torch.randn(1, 2, 16),
+        [torch.randn(1, 8, 16) for _ in range(3)],
+        torch.tensor([4, 5]),
+    )
+
+
+@pytest.mark.parametrize("form", ["setitem", "index_put_", "copy_", "slice"])
+def test_kv_copy_reads_rows_where_they_are_written(form: str) -> None:
+    model, x, caches, at = caching(form)
     compiled = skipc.compile(model, fullgraph=True, kv="copy", **STRICT)
-    inputs = torch.randn(1, 2, 16), [torch.zeros(1, 8, 16) for _ in range(2)], torch.arange(2)[None]
+    expected = [c.clone() for c in caches]
+    for skip in ({"layers.1.o", "layers.2.o"}, {"layers.2.o"}):
+        with eager_skip(model, skip):
+            y = model(x, expected, at)
+        for i in (1, 2):
+            if f"layers.{i}.o" in skip:
+                expected[i][:, at] = expected[i - 1][:, at]
+        with compiled.session(skip=skip):
+            torch.testing.assert_close(compiled(x, caches, at), y)
+        for mine, theirs in zip(caches, expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_kv_copy_is_refused_where_keys_cannot_be_read_back() -> None:
+    model, *inputs = caching("scatter_")
+    compiled = skipc.compile(model, fullgraph=True, kv="copy", **STRICT)
     compiled(*inputs)
     with pytest.raises(skipc.PlanError, match="cannot be read back"), compiled.session(skip={"layers.1.o"}):
         compiled(*inputs)
