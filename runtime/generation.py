@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from skipc.runtime import sessions
 from skipc.runtime.replay import Replay
+
+from skipc.ir.errors import PlanError
 
 log = logging.getLogger("skipc")
 
 _SMALLEST = 256  # cache length
+_CHUNK = 8  # tokens that run again together under kv="backfill"
 _MAX_STATIC = 5  # kinds of decoders for which Dynamo compiles anew; it gives up on a model after 8 compilations
 
 OnToken = Callable[[torch.Tensor], Any]
@@ -30,6 +34,8 @@ class Decoder:
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.mask = torch.ones(batch, length, dtype=torch.long, device=device)
+        self.fed = torch.zeros(batch, length, dtype=torch.long, device=device)  # tokens whose keys the cache has
+        self.count = 0
         # One eager token lets the cache take the shapes of any architecture, before anything is compiled.
         model(input_ids=self.token, past_key_values=self.cache)
         self.replay = Replay(self._step, lambda out: out.logits, model, [self.cache, *self.cache.layers])
@@ -52,16 +58,43 @@ class Decoder:
             self.mask.fill_(1)
             self.mask[:, : ids.shape[1]] = mask
             self.position.copy_(positions[:, -1:])
+        self.count = ids.shape[1]
+        self.fed[:, : self.count] = ids
         out = self.call(input_ids=ids, past_key_values=self.cache, **extra, **self._last_only())
         return out.logits[:, -1]  # type: ignore[no-any-return]
 
     def decode(self, tokens: torch.Tensor, watched: bool = True) -> torch.Tensor:
         """Logits behind ``tokens``, int64 [batch]: float [batch, vocabulary]. The model need not be ``watched`` for
         edits where no code but this has run since the last token."""
+        session = sessions.innermost(self.model)
+        if session is not None and session.steering is not None:
+            if missing := session.missing:
+                self._run_again(missing)
+                session.filled(missing)
+            self.fed[:, self.count] = tokens
+            self.count += 1
         self.token.copy_(tokens[:, None])
         if self.padded:
             self.position += 1
         return self.replay.step(watched)[:, -1]
+
+    def _run_again(self, tokens: int) -> None:
+        """Compute the keys and values of the last ``tokens`` with every site running."""
+        if any(type(layer).__name__ != "StaticLayer" for layer in self.cache.layers):
+            raise PlanError("kv='backfill' needs a cache that holds all tokens; this model's slides")
+        end = self.count
+        start = max(0, end - -(-tokens // _CHUNK) * _CHUNK)  # whole chunks: running more of them changes nothing
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(start)
+        with sessions.Session(self.model):  # without a policy
+            while start < end:
+                some = slice(start, min(start + _CHUNK, end))
+                extra: dict[str, Any] = {}
+                if self.padded:
+                    positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+                    extra = {"attention_mask": self.mask, "position_ids": positions[:, some]}
+                self.call(input_ids=self.fed[:, some], past_key_values=self.cache, **extra, **self._last_only())
+                start = some.stop
 
     def _step(self) -> Any:
         extra = {"attention_mask": self.mask, "position_ids": self.position} if self.padded else {}

@@ -42,6 +42,7 @@ class SessionStats:
     ran: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     recompiles: int = 0
+    backfilled: int = 0  # tokens that were run again because an attention lacked their keys
     seconds: dict[str, float] = field(default_factory=dict)
     similarity: dict[str, float] = field(default_factory=dict)
     histogram: dict[str, list[int]] = field(default_factory=dict)  # tokens by similarity: see similarity_stats.EDGES
@@ -108,6 +109,7 @@ class Session:
         self._counts: Counter[tuple[Program, Arms | frozenset[str]]] = Counter()  # by arms, or by what was skipped
         self._measured: list[Measurement] = []
         self._compilations = 0
+        self._backfilled = 0
         self._unreached = set(self.skip)
         self._checked: set[Program] = set()
         self._lock = threading.RLock()  # a policy may ask for statistics
@@ -199,7 +201,7 @@ class Session:
         with self._lock:  # a policy sees one call after the other
             call, table, how = steering.choose(program, inputs, kv)
             outputs = program.run(inputs, how) if run is None else run(how)
-            self._counts[program, steering.ran(call, table, program, how)] += 1
+            self._counts[program, steering.ran(call, table, program, how, kv)] += 1
         return outputs
 
     @property
@@ -222,6 +224,18 @@ class Session:
             self.steering.mask = mask if isinstance(mask, torch.Tensor) else None
 
     @property
+    def missing(self) -> int:
+        """Under ``kv="backfill"``: so many of the last tokens must run again, in full and outside this session, before
+        the next decode step, since an attention that it may run lacks their keys. :func:`skipc.generate` sees to it."""
+        return self.steering.missing if self.steering is not None else 0
+
+    def filled(self, tokens: int) -> None:
+        """The last ``tokens`` have run again, in full: no attention lacks their keys."""
+        if self.steering is not None:
+            self.steering.filled(tokens)
+            self._backfilled += tokens
+
+    @property
     def route(self) -> Route:
         """What the session did, if it was opened with ``record=True``."""
         if self.steering is None or self.steering.route is None:
@@ -235,7 +249,7 @@ class Session:
 
     def stats(self) -> SessionStats:
         """Counts of what ran and what was skipped, by site."""
-        stats = SessionStats(calls=self.calls)
+        stats = SessionStats(calls=self.calls, backfilled=self._backfilled)
         now = compilations(self.parameters) - self._compilations if self in _open else self._compilations
         stats.recompiles = now
         with self._lock:

@@ -77,13 +77,16 @@ class Steering:
         self.mask: torch.Tensor | None = None
         self.statistics = SimilarityStats()
         self._positions: dict[frozenset[str], int] = {}
+        self._missing: dict[str, int] = {}  # under kv="backfill": the first token whose keys an attention lacks
+        self._last: Call | None = None
         self._step = 0
 
     def choose(self, program: Program, inputs: Sequence[Any], kv: KVPolicy) -> tuple[Call, GateTable, Arms | GatedCall]:
         """The next call of ``program``, its gates, and how it is to run.
 
         Raises:
-            PlanError: if its policy may change its mind about attentions that leave holes in their caches.
+            PlanError: if its policy may change its mind about attentions that leave holes in their caches, or if one is
+                to run whose holes nobody has filled.
             SessionError: if a route is replayed and has no more steps.
         """
         batch, tokens = program.extent(inputs)
@@ -96,6 +99,11 @@ class Steering:
                 f"{type(self.policy).__name__} may run an attention again that it skipped; under kv='none' its cache "
                 "would have holes: use kv='project'"
             )
+        if self._missing and (first := self._first_missing(table)) is not None:
+            raise PlanError(
+                f"an attention is to run that lacks the keys of tokens {first} to {position - 1}; under kv='backfill' "
+                "skipc.generate fills them in; elsewhere, run these tokens again (session.missing, session.filled)"
+            )
         if not (table.measures or table.deciding or table.factors or table.routed):
             return call, table, program.arms_for(table.skipped, kv)
         valid = None if self.mask is None else self._valid(call, self.mask)
@@ -103,9 +111,32 @@ class Steering:
         device = next((t.device for t in inputs if isinstance(t, torch.Tensor)), None)
         return call, table, GatedCall(program.gated(kv), table, valid, (batch, tokens), device, router)
 
-    def ran(self, call: Call, table: GateTable, program: Program, how: Arms | GatedCall) -> frozenset[str]:
-        """The call has run: the sites that it skipped."""
+    @property
+    def missing(self) -> int:
+        """See :attr:`Session.missing`."""
+        if not self._missing or self._last is None:
+            return 0
+        position = self._last.position + self._last.tokens
+        call = self._last._replace(tokens=1, position=position, phase="decode")
+        table = self.policy.decide(call) if self.replayed is None else self._replay(call, self.replayed)
+        first = self._first_missing(table)
+        return 0 if first is None else position - first
+
+    def filled(self, tokens: int) -> None:
+        """All attentions have the keys of the last ``tokens``."""
+        if self._last is not None:
+            first = self._last.position + self._last.tokens - tokens
+            self._missing = {name: at for name, at in self._missing.items() if at < first}
+
+    def _first_missing(self, table: GateTable) -> int | None:
+        return min((at for name, at in self._missing.items() if name not in table.skipped), default=None)
+
+    def ran(
+        self, call: Call, table: GateTable, program: Program, how: Arms | GatedCall, kv: KVPolicy
+    ) -> frozenset[str]:
+        """The call has run, under ``kv``: the sites that it skipped."""
         self._positions[program.site_names] = call.position + call.tokens
+        self._last = call
         self._step += 1
         if isinstance(how, GatedCall):
             skipped = table.names_of(how.skipped) if table.deciding or table.routed else table.skipped
@@ -114,6 +145,9 @@ class Steering:
         else:
             skipped = table.skipped
             seen = Observation(table, skipped)
+        if kv == "backfill":
+            for name in skipped.intersection(s.name for s in call.sites if s.effects):
+                self._missing.setdefault(name, call.position)
         if self.replayed is None:
             self.policy.observe(call, seen)
         if self.route is not None:

@@ -17,7 +17,7 @@ from torch import fx
 from torch._prims_common import is_contiguous_or_false
 
 from skipc.ir.errors import PlanError
-from skipc.ir.program import KVPolicy
+from skipc.ir.program import KVPolicy, arms_under
 from skipc.ir.site import SiteKind
 
 
@@ -65,7 +65,7 @@ class ArmBuilder:
         for count in range(1, len(terms) + 1):
             for skipped in combinations(terms, count):
                 for kv in get_args(KVPolicy):
-                    if kv == "project" or self._differs(slot, list(skipped), kv):
+                    if kv == "project" or (kv == arms_under(kv) and self._differs(slot, list(skipped), kv)):
                         yield self.build(slot, list(skipped), kv)
 
     def allowed(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> ArmGraph:
@@ -74,7 +74,8 @@ class ArmBuilder:
         Raises:
             PlanError: if it would give wrong answers.
         """
-        arm = self.build(slot, skipped, kv if skipped and self._differs(slot, skipped, kv) else "project")
+        under = arms_under(kv)
+        arm = self.build(slot, skipped, under if skipped and self._differs(slot, skipped, under) else "project")
         if arm.refused:
             raise PlanError(f"kv={kv!r} cannot skip {', '.join(sorted(arm.skipped))}: {arm.refused}")
         return arm

@@ -32,10 +32,10 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skipc.ir.config import Config
-from skipc.ir.program import Arm, Gather, KVPolicy, Layout, ProgramSpec, Size, Step, Var
+from skipc.ir.program import Arm, Gather, Layout, ProgramSpec, Size, Step, Var
 from skipc.ir.site import Site, SiteKind
 
-_SKIPPED: dict[KVPolicy, str] = {"project": "skipped", "none": "dropped", "copy": "copied"}
+_SKIPPED = {"project": "skipped", "none": "dropped", "copy": "copied"}
 
 
 class Outline:

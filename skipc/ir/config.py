@@ -37,7 +37,8 @@ class Config(BaseModel):
         "project",
         description="What a skipped attention writes to its KV cache. project: its keys and values, as if it ran. "
         "none: nothing (only where the cache is written in place). copy: those of the nearest attention below that ran "
-        "(the lowest one projects).",
+        "(the lowest one projects). backfill: nothing, until an attention is to run that lacks some; then skipc.generate "
+        "runs the tokens concerned again, in full and together.",
     )
     huge_pages: bool = Field(
         True,

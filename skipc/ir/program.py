@@ -11,9 +11,14 @@ from typing import Any, Literal
 from skipc.ir.errors import PlanError
 from skipc.ir.site import Site
 
-KVPolicy = Literal["project", "none", "copy"]  # what a skipped attention keeps: see Config.kv
+KVPolicy = Literal["project", "none", "copy", "backfill"]  # what a skipped attention keeps: see Config.kv
 Size = int | tuple[int, int] | None  # a constant; or (input, dimension), where -1 is the input itself; or unknown
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
+
+
+def arms_under(kv: KVPolicy) -> KVPolicy:
+    """The policy whose arms a call under ``kv`` runs: what is filled in later is left out now."""
+    return "none" if kv == "backfill" else kv
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ class Step:
         Raises:
             PlanError: if leaving them out under ``kv`` would give wrong answers.
         """
-        here = skipped.intersection(self.sites)
+        here, arms_of = skipped.intersection(self.sites), arms_under(kv)
         fits = [i for i, arm in enumerate(self.arms) if arm.skipped == here]
-        chosen = next((i for i in fits if self.arms[i].kv == kv), fits[0])
+        chosen = next((i for i in fits if self.arms[i].kv == arms_of), fits[0])
         if (why := self.arms[chosen].refused) is not None:
             raise PlanError(f"kv={kv!r} cannot skip {', '.join(sorted(here))}: {why}; use kv='project'")
         return chosen

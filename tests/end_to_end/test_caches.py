@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from skipc.runtime.policies.base import Call, Policy
 from transformers import DynamicCache, StaticCache
 
 import skipc
@@ -64,6 +65,14 @@ def test_prefill_and_decode(models: tuple[Any, Any, Any], cache: str, batch: int
             ours = request(model, compiled, cache, batch)
             assert session.stats().recompiles == 0, label
         assert_no_further(truth, eager, ours)
+
+
+class Measured(Policy):
+    def __init__(self, skip: set[str]):
+        self.skip = skip
+
+    def decide(self, call: Call) -> skipc.GateTable:
+        return skipc.GateTable.of(call.names, skip=self.skip, measures=True)
 
 
 def deeper_llama() -> Any:
@@ -136,7 +145,8 @@ def test_kv_copy_keeps_what_the_attention_below_keeps(lowering: str, cache: str,
             with eager_skip(reference, skip):
                 found.append(reference(now, past_key_values=kv).logits)
             copied(reference, kv, skip, count)
-        with compiled.session(skip=skip):
+        how: Any = {"policy": Measured(skip)} if at % 2 else {"skip": skip}  # gates that are open until they are asked
+        with compiled.session(**how):
             ours = compiled(now, past_key_values=ours_kv).logits
         assert_no_further(found[1], found[0], ours)
         at += count
