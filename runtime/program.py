@@ -18,7 +18,7 @@ from skipc.runtime.codegen import bound_source_for, source_for
 from skipc.runtime.gating import GatedCall, GatedSpec
 from skipc.runtime.huge_pages import back_with_huge_pages
 from skipc.runtime.replay import note_call
-from skipc.runtime.rows import gathered
+from skipc.runtime.rows import gathered, queried
 
 from skipc.ir.errors import PassError
 from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Size, Step, Var
@@ -202,6 +202,21 @@ class Program:
         ]
         return (outputs if arms is self.exact else self.unshared(inputs, outputs)), measured
 
+    def _on_some(
+        self, step: Step, scope: dict[str, Any], arguments: Sequence[Any], rows: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What the step makes of some tokens, ``[chosen tokens, width]``; None if it must run on all."""
+        if step.gather is not None:
+            return gathered(self.functions[step.arms[0].region], arguments, step.gather, rows)  # type: ignore[index]
+        queries = step.queries
+        if queries is None or rows.shape[0] != 1 or not queries.admits(max(2, int(rows.sum()))):
+            return None
+        keys = step.arms[step.arm_for(frozenset(step.sites), "project")]
+        if keys.region is not None:
+            made = self.functions[keys.region]([scope[n] for n in keys.inputs])
+            scope.update(zip(keys.outputs, made, strict=True))
+        return queried(self.functions[queries.arm.region], [scope[n] for n in queries.arm.inputs], queries, rows)  # type: ignore[index]
+
     def _walk(
         self, inputs: Sequence[Any], how: Arms | GatedCall, streams: list[Stream] | None = None
     ) -> tuple[tuple[Any, ...], list[float]]:
@@ -219,12 +234,13 @@ class Program:
             _check_layouts(step, arm, arguments)
             wait()
             start = time.perf_counter()
-            some = gathered(function, arguments, step.gather, rows) if rows is not None and step.gather else None  # type: ignore[arg-type]
-            results = (some,) if some is not None else function(arguments) if function is not None else ()
+            some = None if rows is None else self._on_some(step, scope, arguments, rows)
+            results = function(arguments) if some is None and function is not None else ()
             wait()
             seconds.append(time.perf_counter() - start)
-            scope.update(zip(arm.outputs, results, strict=True))
-            scope.update({name: scope[value] for name, value in arm.copies})
+            if some is None:
+                scope.update(zip(arm.outputs, results, strict=True))
+                scope.update({name: scope[value] for name, value in arm.copies})
             if gates is not None and step.stream is not None:
                 before, after = step.stream
                 if rows is not None:

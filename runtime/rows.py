@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from skipc.ir.program import Gather
+from skipc.ir.program import Gather, Queries
 
 
 def gathered(
@@ -46,3 +46,30 @@ def gathered(
         few[i] = (batch, tokens)[which]
     (made,) = region(few)
     return made.flatten(0, 1)[:count]  # type: ignore[no-any-return]
+
+
+def queried(
+    region: Callable[[list[Any]], Sequence[Any]], arguments: Sequence[Any], queries: Queries, rows: torch.Tensor
+) -> torch.Tensor:
+    """What ``region``, which must admit so few, makes of the queries of some tokens, whose keys are in the cache.
+
+    Args:
+        region: of an attention that treats every query by itself.
+        arguments: of the call on all tokens.
+        queries: which of them have a row for each token.
+        rows: bool ``[1, tokens]``, with at least one token.
+
+    Returns:
+        ``[chosen tokens, width]``.
+    """
+    chosen = rows[0].nonzero().flatten()
+    count = len(chosen)
+    if count == 1:  # Inductor's dynamic sizes are 2 or more
+        chosen = chosen.repeat(2)
+    few = list(arguments)
+    for i, dim in queries.tokens:
+        few[i] = few[i].index_select(dim, chosen)
+    for i in queries.sizes:
+        few[i] = len(chosen)
+    (made,) = region(few)
+    return made[0, :count]  # type: ignore[no-any-return]

@@ -167,6 +167,19 @@ class ArmBuilder:
         refused = self.refusal(slot, skipped, kv)
         return self._emit(slot, names, kv, alias, borrowed, roots, self.escapes(slot), refused)
 
+    def queries(self, slot: Slot) -> ArmGraph | None:
+        """What is left of an attention when its keys and values are in the cache; None if they are not kept there by
+        writes in place, or if more leaves the slot than the stream and caches that were made there."""
+        if slot.junction is None or [t.kind for t in slot.junction.terms] != [SiteKind.ATTENTION]:
+            return None
+        add, terms = slot.junction.add, slot.junction.terms
+        writes, made = frozenset(self.effects(slot)), frozenset(self.escapes(slot)) - {add}
+        if not self.droppable(slot, terms) or any(n not in self.flow.writes or not n.args for n in writes):
+            return None
+        if add not in self.escapes(slot) or any(slot.entry is None or self.flow.depends(n, slot.entry) for n in made):
+            return None
+        return self._emit(slot, frozenset(), "project", {}, {}, [], [add], None, writes, made)
+
     def refusal(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> str | None:
         """Why ``kv`` would be wrong for ``skipped``, if it would."""
         if kv == "project":
@@ -207,12 +220,15 @@ class ArmBuilder:
         roots: list[fx.Node],
         escapes: list[fx.Node],
         refused: str | None,
+        done: frozenset[fx.Node] = frozenset(),
+        made: frozenset[fx.Node] = frozenset(),
     ) -> ArmGraph:
-        inside = set(slot.nodes)
+        """``done``: writes that have happened when the arm runs; ``made``: values that there are by then."""
+        inside = set(slot.nodes) - done - made
 
         def resolve(node: fx.Node) -> fx.Node:
-            while node in alias and self._may_share(node, alias[node]):
-                node = alias[node]
+            while node in done or (node in alias and self._may_share(node, alias[node])):
+                node = node.args[0] if node in done else alias[node]  # type: ignore[assignment]
             return node
 
         def read_by(node: fx.Node) -> list[fx.Node]:

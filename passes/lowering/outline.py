@@ -28,11 +28,12 @@ from skipc.passes.manager import PassManager
 from skipc.passes.ops import is_parameter_like, same_sizes, tensor, tensors
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams
+from skipc.passes.token_wise import token_dims
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skipc.ir.config import Config
-from skipc.ir.program import Arm, Gather, Layout, ProgramSpec, Size, Step, Var
+from skipc.ir.program import Arm, Gather, Layout, ProgramSpec, Queries, Size, Step, Var
 from skipc.ir.site import Site, SiteKind
 
 _SKIPPED = {"project": "skipped", "none": "dropped", "copy": "copied"}
@@ -52,6 +53,7 @@ class Outline:
         self.regions: list[Region] = []
         self._by_structure: dict[str, int] = {}
         self._symbols_of_call: list[tuple[int, list[sympy.Symbol]]] = []
+        self._symbols_of_queries: dict[str, list[sympy.Symbol]] = {}
         steps = self._steps()
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         output = next(iter(reversed(gm.graph.nodes)))
@@ -109,8 +111,30 @@ class Outline:
             if arms[0].region is None and not arms[0].copies:
                 continue
             sites = tuple(t.name for t in slot.junction.terms) if slot.junction else ()
-            steps.append(Step(slot.label, sites, arms, stream=self._stream(slot), scalable=self._scalable(slot)))
+            stream, scalable = self._stream(slot), self._scalable(slot)
+            queries = self._queries(slot) if self.manager.ctx.config.compact_queries and scalable else None
+            steps.append(Step(slot.label, sites, arms, stream=stream, scalable=scalable, queries=queries))
         return steps
+
+    def _queries(self, slot: Slot) -> Queries | None:
+        """How the attention of ``slot`` can run on some of a prompt's tokens: provided that it treats each query by
+        itself."""
+        arm, stream = self.builder.queries(slot), tensor(slot.entry)
+        if arm is None or arm.graph is None or stream is None or stream.dim() != 3:
+            return None
+        size = stream.shape[1]
+        if not isinstance(size, torch.SymInt) or not isinstance(size.node.expr, sympy.Symbol):
+            return None
+        dims = token_dims([n for n in arm.graph.nodes if n.op.startswith("call")], size)
+        (result,) = next(iter(reversed(arm.graph.nodes))).args[0]  # type: ignore[misc,union-attr]
+        if dims is None or dims[result] != 1:  # type: ignore[index]
+            return None
+        inputs = [n for n in arm.graph.nodes if n.op == "placeholder"]
+        tokens = tuple((i, dims[n]) for i, n in enumerate(inputs) if dims.get(n) is not None)
+        given = [n.meta["example_value"] for n in inputs]
+        sizes = tuple(i for i, v in enumerate(given) if isinstance(v, torch.SymInt) and v.node.expr == size.node.expr)
+        self._symbols_of_queries[slot.label] = structure_of(arm.graph, self.gm)[1]
+        return Queries(self._arm(slot, arm, "attention_queries"), tokens, sizes, size.node.expr)  # type: ignore[arg-type]
 
     def _gather(self, step: Step) -> Gather | None:
         """How the step can run on some of the tokens: an MLP treats each by itself, so what is needed is a region that
@@ -166,8 +190,8 @@ class Outline:
         after = next((n for n in (slot.junction.add, *following) if n in escapes), None)
         return (self.names[slot.entry], self.names[after]) if after is not None else None
 
-    def _arm(self, slot: Slot, arm: ArmGraph) -> Arm:
-        region = None if arm.graph is None else self._region(slot, arm)
+    def _arm(self, slot: Slot, arm: ArmGraph, name: str = "") -> Arm:
+        region = None if arm.graph is None else self._region(slot, arm, name)
         named: Callable[[fx.Node], str] = self.names.__getitem__
         return Arm(
             skipped=arm.skipped,
@@ -195,7 +219,7 @@ class Outline:
             if place.get(n, -1) > slot.index or n.op == "output"
         )
 
-    def _region(self, slot: Slot, arm: ArmGraph) -> int:
+    def _region(self, slot: Slot, arm: ArmGraph, name: str = "") -> int:
         """Index of the region for ``arm``: an equal one that exists, or a new one."""
         assert arm.graph is not None
         key, symbols = structure_of(arm.graph, self.gm)
@@ -210,7 +234,7 @@ class Outline:
             assert slot.junction is not None
             gone = "_".join(t.kind.value for t in slot.junction.terms if t.name in arm.skipped)
             kinds = f"{kinds}_without_{gone}" if kinds else f"{gone}_{_SKIPPED[arm.kv]}"
-        base = kinds or slot.label
+        base = name or kinds or slot.label
         taken = {*self.names.values(), *(r.name for r in self.regions)}
         region = Region(
             _unused(base, taken, "_"),
@@ -262,9 +286,19 @@ class Outline:
             for region in self.regions:
                 self._compile(region, config)
         self._check_shared_guards()
-        steps = tuple(replace(s, gather=self._gather(s)) for s in self.spec.steps)
+        steps = tuple(replace(s, gather=self._gather(s), queries=self._guarded(s)) for s in self.spec.steps)
         self.spec = replace(self.spec, steps=steps, regions=tuple(r.info() for r in self.regions))
         return [r.function for r in self.regions if r.function is not None]
+
+    def _guarded(self, step: Step) -> Queries | None:
+        """The step's queries, with what compiling their region assumed about the number of tokens."""
+        queries = step.queries
+        if queries is None or queries.arm.region is None:
+            return None
+        region = self.regions[queries.arm.region]
+        guards = translate(region.guards, self._symbols_of_queries[step.label], region.symbols)
+        mine = [g for g in guards if queries.symbol in g.free_symbols]
+        return replace(queries, guards=tuple(mine)) if all(len(g.free_symbols) == 1 for g in mine) else None
 
     def _compile(self, region: Region, config: Config) -> None:
         if region.interpreted:

@@ -37,8 +37,13 @@ class Config(BaseModel):
         "project",
         description="What a skipped attention writes to its KV cache. project: its keys and values, as if it ran. "
         "none: nothing (only where the cache is written in place). copy: those of the nearest attention below that ran "
-        "(the lowest one projects). backfill: nothing, until an attention is to run that lacks some; then skipc.generate "
-        "runs the tokens concerned again, in full and together.",
+        "(the lowest one projects). backfill: nothing, until an attention is to run that lacks some; then "
+        "skipc.generate runs the tokens concerned again, in full and together.",
+    )
+    compact_queries: bool = Field(
+        False,
+        description="Compile attentions over static caches for some of a prompt's tokens, too: where tokens decide for "
+        "themselves (batch 1), only those that need it attend. One more region to compile.",
     )
     huge_pages: bool = Field(
         True,

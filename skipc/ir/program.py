@@ -61,6 +61,29 @@ class Gather:
 
 
 @dataclass(frozen=True)
+class Queries:
+    """How an attention can run on some of the tokens of one row, when the keys and values of all are in its cache.
+
+    Attributes:
+        arm: that reads them.
+        tokens: positions of its inputs that have a row for each token, and along which dimension.
+        sizes: positions of those that are the number of tokens.
+        symbol: what that number is called in
+        guards: expressions that must hold.
+    """
+
+    arm: Arm
+    tokens: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...]
+    symbol: Any
+    guards: tuple[Any, ...] = ()
+
+    def admits(self, tokens: int) -> bool:
+        """Whether the arm may be called on so many."""
+        return all(bool(guard.subs({self.symbol: tokens})) for guard in self.guards)
+
+
+@dataclass(frozen=True)
 class Step:
     """A stretch of the program between two points of the residual stream."""
 
@@ -71,6 +94,7 @@ class Step:
     stream: tuple[str, str] | None = None  # the residual stream before and after the sites
     scalable: bool = False  # skipping may scale the stream: nothing else that leaves the step is made of the sum
     gather: Gather | None = None  # how to run on some tokens alone, if that is possible
+    queries: Queries | None = None  # the same for an attention
 
     def arm_for(self, skipped: frozenset[str], kv: KVPolicy) -> int:
         """Index of the arm that leaves out the sites of this step that are in ``skipped``.

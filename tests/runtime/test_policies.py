@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from skipc.runtime import program
-from skipc.runtime.rows import gathered
+from skipc.runtime.rows import gathered, queried
 from transformers import StaticCache
 
 import skipc
@@ -34,7 +34,8 @@ def models(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
         for i, layer in enumerate(model.model.layers):
             layer.self_attn.o_proj.weight *= 2 + 2 * i
             layer.mlp.down_proj.weight *= 12 - 2 * i
-    return model, in_double(model, {})[0], skipc.compile(model, fullgraph=True, lowering=request.param, **STRICT)
+    options = {"lowering": request.param, "compact_queries": request.param == "outline"}
+    return model, in_double(model, {})[0], skipc.compile(model, fullgraph=True, **options, **STRICT)
 
 
 class Eager:
@@ -127,6 +128,9 @@ def decode(model: Any, call: Any, batch: int = 2, new: int = NEW) -> torch.Tenso
     tokens = torch.randint(3, 90, (batch, PROMPT + new), generator=torch.Generator().manual_seed(3))
     cache = StaticCache(config=model.config, max_cache_len=LENGTH)
     with torch.no_grad():
+        if batch == 1:  # a cache that exists, so that the prompt comes with a mask; else it is made in the graph
+            model(tokens[:, :1], past_key_values=cache)
+            cache.reset()
         logits = [call(input_ids=tokens[:, :PROMPT], past_key_values=cache).logits[:, -1]]
         for i in range(PROMPT, PROMPT + new):
             logits.append(call(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits[:, 0])
@@ -498,12 +502,14 @@ def only_outline(models: Any) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("sites", [SITES[1::2], SITES], ids=["mlps", "all"])
 def test_gather(models: Any, batch: int, sites: list[str], monkeypatch: Any) -> None:
-    """Row compaction of MLPs, in prefill and decode; attentions blend."""
+    """Row compaction of MLPs, and of the queries of a prompt of one row; elsewhere attentions blend."""
     only_outline(models)
     closes = {name: sites[i + 1 :] for i, name in enumerate(sites)}
     shares: set[float] = set()
     compacted: list[bool] = []
     monkeypatch.setattr(program, "gathered", lambda *a: compacted.append((made := gathered(*a)) is not None) or made)
+    attended: list[int] = []
+    monkeypatch.setattr(program, "queried", lambda *a: attended.append(int(a[3].sum())) or queried(*a))
     for threshold in quantiles(models, sites, 0.2, 0.5, 0.8):
         rules: list[GatherRule] = []
 
@@ -515,6 +521,7 @@ def test_gather(models: Any, batch: int, sites: list[str], monkeypatch: Any) -> 
         shares |= set(rules[-1].shares)
     assert len(shares) > 2, "some tokens run where others do not"
     assert sum(compacted) > len(compacted) / 2, "MLPs compute the chosen tokens alone"
+    assert bool(attended) == (batch == 1 and sites is SITES), "attentions attend from the chosen tokens alone"
 
 
 class RoutedRule(TokenRule):
