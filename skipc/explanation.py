@@ -85,6 +85,8 @@ class Explanation:
             parts.append(
                 f"  lowering: {self.config.lowering}, " + _LOWERINGS.get(self.config.lowering, _regions(g.spec))
             )
+            if self.config.lowering == "outline":
+                parts += [f"  gates {how}: {', '.join(names)}" for how, names in _gates(g.spec).items()]
             report = str(SiteReport(g.spec.sites, g.rejected))
             parts += [f"  {line}" for line in report.splitlines()]
         return "\n".join(parts)
@@ -99,6 +101,23 @@ _LOWERINGS = {
 def _regions(spec: ProgramSpec) -> str:
     names = [f"{r.name} x{r.calls} ({r.nodes} ops{'' if r.compiled else ', not compiled'})" for r in spec.regions]
     return f"{len(names)} distinct regions: {', '.join(names)}"
+
+
+def _gates(spec: ProgramSpec) -> dict[str, list[str]]:
+    """Sites by where their gates are asked in the outline lowering, and why there."""
+    found: dict[str, list[str]] = {}
+    for step in spec.steps:
+        region = step.arms[0].region
+        if not step.sites or region is None:
+            continue
+        if not spec.regions[region].kernels:
+            how = "in host code (Inductor compiles the region, which is no sublayer kernel)"
+        elif len(step.sites) > 1 or step.stream is None:
+            how = "in host code (a sublayer kernel, but the sites share their sum)"
+        else:
+            how = "inside native chains (the region is a sublayer kernel)"
+        found.setdefault(how, []).extend(step.sites)
+    return found
 
 
 def explain(model: torch.nn.Module, *args: Any, config: Config | None = None, **kwargs: Any) -> Explanation:

@@ -54,6 +54,7 @@ class Outline:
         self._by_structure: dict[str, int] = {}
         self._symbols_of_call: list[tuple[int, list[sympy.Symbol]]] = []
         self._symbols_of_queries: dict[str, list[sympy.Symbol]] = {}
+        sites = self._sites()  # before regions are made of the arms' graphs, and rewritten
         steps = self._steps()
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         output = next(iter(reversed(gm.graph.nodes)))
@@ -63,7 +64,7 @@ class Outline:
                 steps, {self.names[n] for n in output.all_input_nodes}, {self.names[n] for n in placeholders}
             ),
             outputs=tuple(self._output(v) for v in output.args[0]),  # type: ignore[union-attr]
-            sites=self._sites(),
+            sites=sites,
             parameters=tuple(i for i, n in enumerate(placeholders) if is_parameter_like(n)),
             exposed=self._exposed(streams, output),
             extent=self._extent(streams, placeholders),

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import skipc
 from skipc.calibration.measure import english_text, measure_sites, perplexity
@@ -42,6 +42,18 @@ def test_explain_tells_what_would_be_slower() -> None:
     text = str(skipc.explain(ZOO["llama"].build(), torch.randint(3, 90, (1, 40))))
     assert "linear layers of 40 rows stay with torch, whose products are faster above 16" in text
     assert "torch's attention for more than 64 queries" in text
+
+
+def test_explain_tells_where_gates_are_asked_and_what_sites_save() -> None:
+    torch._dynamo.reset()
+    model = ZOO["llama"].build()
+    kv = StaticCache(config=model.config, max_cache_len=64)
+    model(torch.tensor([[3]]), past_key_values=kv)
+    decode = skipc.explain(model, torch.tensor([[3]]), past_key_values=kv)
+    assert "gates inside native chains" in str(decode)
+    assert len({site.nodes for site in decode.sites if site.kind == "mlp"}) == 1
+    prefill = skipc.explain(model, torch.randint(3, 90, (1, 40)), past_key_values=kv)
+    assert "gates in host code (Inductor compiles the region" in str(prefill)
 
 
 def test_explaining_disturbs_no_compiled_model() -> None:
