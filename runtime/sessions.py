@@ -110,6 +110,7 @@ class Session:
         self._measured: list[Measurement] = []
         self._compilations = 0
         self._backfilled = 0
+        self._governed: Sequence[int] | None = None
         self._unreached = set(self.skip)
         self._checked: set[Program] = set()
         self._lock = threading.RLock()  # a policy may ask for statistics
@@ -158,11 +159,16 @@ class Session:
         """True if a call on these parameters (by identity) is a call of this session's model."""
         if self.model is None:
             return True
+        if parameters is self._governed:  # a loop asks at each step, with one list
+            return True
         if not parameters:
             return False  # nothing of any model: a sampler, say
         if not self.parameters.issuperset(parameters):
             self.parameters = _parameters(self.model)  # weights may have been replaced since
-        return self.parameters.issuperset(parameters)
+        if not self.parameters.issuperset(parameters):
+            return False
+        self._governed = parameters
+        return True
 
     # -- calls --------------------------------------------------------------------------------------------------------
 

@@ -21,14 +21,14 @@ import torch
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import copy_graph, fake_mode_of
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
+from skipc.passes.lowering.compaction import gather_of, queries_of, with_guards
 from skipc.passes.lowering.inductor import Compiled, compile_region, overlapped_builds
-from skipc.passes.lowering.regions import Region, as_it_is, kernel_calls
+from skipc.passes.lowering.regions import Region, as_it_is
 from skipc.passes.lowering.structure import structure_of, translate
 from skipc.passes.manager import PassManager
-from skipc.passes.ops import is_parameter_like, same_sizes, tensor, tensors
+from skipc.passes.ops import is_parameter_like, tensor, tensors
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams
-from skipc.passes.token_wise import token_dims
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -118,62 +118,22 @@ class Outline:
         return steps
 
     def _queries(self, slot: Slot) -> Queries | None:
-        """How the attention of ``slot`` can run on some of a prompt's tokens: provided that it treats each query by
-        itself."""
-        arm, stream = self.builder.queries(slot), tensor(slot.entry)
-        if arm is None or arm.graph is None or stream is None or stream.dim() != 3:
+        arm = self.builder.queries(slot)
+        found = queries_of(arm, tensor(slot.entry)) if arm is not None else None
+        if arm is None or arm.graph is None or found is None:
             return None
-        size = stream.shape[1]
-        if not isinstance(size, torch.SymInt) or not isinstance(size.node.expr, sympy.Symbol):
-            return None
-        dims = token_dims([n for n in arm.graph.nodes if n.op.startswith("call")], size)
-        (result,) = next(iter(reversed(arm.graph.nodes))).args[0]  # type: ignore[misc,union-attr]
-        if dims is None or dims[result] != 1:  # type: ignore[index]
-            return None
-        inputs = [n for n in arm.graph.nodes if n.op == "placeholder"]
-        tokens = tuple((i, dims[n]) for i, n in enumerate(inputs) if dims.get(n) is not None)
-        given = [n.meta["example_value"] for n in inputs]
-        sizes = tuple(i for i, v in enumerate(given) if isinstance(v, torch.SymInt) and v.node.expr == size.node.expr)
         self._symbols_of_queries[slot.label] = structure_of(arm.graph, self.gm)[1]
-        return Queries(self._arm(slot, arm, "attention_queries"), tokens, sizes, size.node.expr)  # type: ignore[arg-type]
+        return Queries(self._arm(slot, arm, "attention_queries"), *found)
 
     def _gather(self, step: Step) -> Gather | None:
-        """How the step can run on some of the tokens: an MLP treats each by itself, so what is needed is a region that
-        takes fewer of them."""
-        kinds = {site.name: site.kind for site in self.spec.sites}
-        run = step.arms[0]
-        wise = [kinds[name] in (SiteKind.MLP, SiteKind.MOE) for name in step.sites] == [True]
-        if not (wise and step.scalable and step.stream) or run.region is None or len(run.outputs) != 1 or run.copies:
+        region = step.arms[0].region
+        if region is None or step.stream is None:
             return None
         nodes = {name: node for node, name in self.names.items()}
-        stream = tensor(nodes[step.stream[0]])
-        assert stream is not None
-        tokens: list[int] = []
-        sizes: list[tuple[int, int]] = []
         parameters = {self.spec.inputs[i] for i in self.spec.parameters}
-        for i, name in enumerate(run.inputs):
-            value = nodes[name].meta.get("example_value")
-            which = [
-                d for d in (0, 1) if isinstance(value, torch.SymInt) and same_sizes((value,), stream.shape[d : d + 1])
-            ]
-            if name in parameters:
-                continue
-            if isinstance(value, torch.Tensor) and value.dim() >= 2 and same_sizes(value.shape[:2], stream.shape[:2]):
-                tokens.append(i)
-            elif len(which) == 1:
-                sizes.append((i, which[0]))
-            else:
-                return None
-        region = self.regions[run.region]
-        if kernel_calls(region.gm.graph):
-            return Gather(tuple(tokens), tuple(sizes))
-        if stream.dim() != 3:
-            return None
-        extent: tuple[Any, ...] = tuple(stream.shape[:2])
-        symbols = [(n.node.expr, d) for d, n in enumerate(extent) if isinstance(n, torch.SymInt)]
-        if not symbols or {s for s, _ in symbols} != set(region.symbols):
-            return None
-        return Gather(tuple(tokens), tuple(sizes), symbols[-1][1], tuple(symbols), tuple(region.guards))
+        values = {n: nodes[n].meta.get("example_value") for n in step.arms[0].inputs if n not in parameters}
+        kinds = [site.kind for site in self.spec.sites if site.name in step.sites]
+        return gather_of(step, kinds, values, tensor(nodes[step.stream[0]]), self.regions[region])
 
     def _scalable(self, slot: Slot) -> bool:
         if slot.junction is None or len(slot.junction.terms) != 1 or self._stream(slot) is None:
@@ -292,14 +252,11 @@ class Outline:
         return [r.function for r in self.regions if r.function is not None]
 
     def _guarded(self, step: Step) -> Queries | None:
-        """The step's queries, with what compiling their region assumed about the number of tokens."""
         queries = step.queries
         if queries is None or queries.arm.region is None:
             return None
         region = self.regions[queries.arm.region]
-        guards = translate(region.guards, self._symbols_of_queries[step.label], region.symbols)
-        mine = [g for g in guards if queries.symbol in g.free_symbols]
-        return replace(queries, guards=tuple(mine)) if all(len(g.free_symbols) == 1 for g in mine) else None
+        return with_guards(queries, translate(region.guards, self._symbols_of_queries[step.label], region.symbols))
 
     def _compile(self, region: Region, config: Config) -> None:
         if region.interpreted:
