@@ -18,7 +18,7 @@ from skipc.runtime.codegen import bound_source_for, source_for
 from skipc.runtime.gating import GatedCall, GatedSpec
 from skipc.runtime.huge_pages import back_with_huge_pages
 from skipc.runtime.replay import note_call
-from skipc.runtime.rows import gathered, queried
+from skipc.runtime.rows import gathered, queried, unseen
 
 from skipc.ir.errors import PassError
 from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Size, Step, Var
@@ -235,6 +235,9 @@ class Program:
             wait()
             start = time.perf_counter()
             some = None if rows is None else self._on_some(step, scope, arguments, rows)
+            if rows is not None and step.live is not None and some is None:
+                live, any_size = arguments[step.live], bool(self.spec.regions[arm.region].kernels)  # type: ignore[index]
+                arguments[step.live] = unseen(live, rows) if any_size or len(live) == len(rows) else live
             results = function(arguments) if some is None and function is not None else ()
             wait()
             seconds.append(time.perf_counter() - start)

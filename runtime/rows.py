@@ -9,6 +9,8 @@ import torch
 
 from skipc.ir.program import Gather, Queries
 
+_FAR = 1 << 62
+
 
 def gathered(
     region: Callable[[list[Any]], Sequence[Any]],
@@ -46,6 +48,16 @@ def gathered(
         few[i] = (batch, tokens)[which]
     (made,) = region(few)
     return made.flatten(0, 1)[:count]  # type: ignore[no-any-return]
+
+
+def unseen(live: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``live``, int64 ``[batch or 1, 2]``, such that an attention kernel reads no key for rows of the batch of whose
+    tokens none is chosen. (What it computes for them beside costs nothing: few rows share the reading of weights.)
+
+    Args:
+        rows: bool ``[batch, tokens]``.
+    """
+    return torch.where(rows.any(1, keepdim=True), live, live.new_tensor([_FAR, 0]))
 
 
 def queried(

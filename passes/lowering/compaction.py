@@ -10,8 +10,9 @@ import sympy
 import torch
 from skipc.passes.lowering.arms import ArmGraph
 from skipc.passes.lowering.regions import Region, kernel_calls
-from skipc.passes.ops import same_sizes
+from skipc.passes.ops import op_name, same_sizes
 from skipc.passes.token_wise import token_dims
+from torch import fx
 
 from skipc.ir.program import Gather, Queries, Step
 from skipc.ir.site import SiteKind
@@ -74,6 +75,16 @@ def queries_of(
     given = [n.meta["example_value"] for n in inputs]
     sizes = tuple(i for i, v in enumerate(given) if isinstance(v, torch.SymInt) and v.node.expr == size.node.expr)
     return tokens, sizes, size.node.expr
+
+
+def live_of(region: Region) -> int | None:
+    """Which input of an attention kernel says what keys the queries of each row may see."""
+    places = {"attention_block": 14, "decode_attention": 4, "grouped_attention": 4}
+    nodes = list(region.gm.graph.nodes)
+    given = [n.args[places[op_name(n)]] for n in nodes if op_name(n) in places]
+    if len(given) != 1 or not isinstance(given[0], fx.Node) or given[0].op != "placeholder" or len(given[0].users) != 1:
+        return None
+    return [n for n in nodes if n.op == "placeholder"].index(given[0])
 
 
 def with_guards(queries: Queries, guards: Sequence[Any]) -> Queries | None:

@@ -21,7 +21,7 @@ import torch
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import copy_graph, fake_mode_of
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
-from skipc.passes.lowering.compaction import gather_of, queries_of, with_guards
+from skipc.passes.lowering.compaction import gather_of, live_of, queries_of, with_guards
 from skipc.passes.lowering.inductor import Compiled, compile_region, overlapped_builds
 from skipc.passes.lowering.regions import Region, as_it_is
 from skipc.passes.lowering.structure import structure_of, translate
@@ -247,9 +247,15 @@ class Outline:
             for region in self.regions:
                 self._compile(region, config)
         self._check_shared_guards()
-        steps = tuple(replace(s, gather=self._gather(s), queries=self._guarded(s)) for s in self.spec.steps)
+        steps = tuple(
+            replace(s, gather=self._gather(s), queries=self._guarded(s), live=self._live(s)) for s in self.spec.steps
+        )
         self.spec = replace(self.spec, steps=steps, regions=tuple(r.info() for r in self.regions))
         return [r.function for r in self.regions if r.function is not None]
+
+    def _live(self, step: Step) -> int | None:
+        region = step.arms[0].region
+        return live_of(self.regions[region]) if region is not None and step.scalable else None
 
     def _guarded(self, step: Step) -> Queries | None:
         queries = step.queries

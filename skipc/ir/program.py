@@ -95,6 +95,7 @@ class Step:
     scalable: bool = False  # skipping may scale the stream: nothing else that leaves the step is made of the sum
     gather: Gather | None = None  # how to run on some tokens alone, if that is possible
     queries: Queries | None = None  # the same for an attention
+    live: int | None = None  # of an attention kernel: which input says what keys the queries of each row may see
 
     def arm_for(self, skipped: frozenset[str], kv: KVPolicy) -> int:
         """Index of the arm that leaves out the sites of this step that are in ``skipped``.

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from skipc.runtime import program
-from skipc.runtime.rows import gathered, queried
+from skipc.runtime.rows import gathered, queried, unseen
 from transformers import StaticCache
 
 import skipc
@@ -510,6 +510,8 @@ def test_gather(models: Any, batch: int, sites: list[str], monkeypatch: Any) -> 
     monkeypatch.setattr(program, "gathered", lambda *a: compacted.append((made := gathered(*a)) is not None) or made)
     attended: list[int] = []
     monkeypatch.setattr(program, "queried", lambda *a: attended.append(int(a[3].sum())) or queried(*a))
+    blind: list[int] = []
+    monkeypatch.setattr(program, "unseen", lambda *a: blind.append(int((~a[1].any(1)).sum())) or unseen(*a))
     for threshold in quantiles(models, sites, 0.2, 0.5, 0.8):
         rules: list[GatherRule] = []
 
@@ -522,6 +524,7 @@ def test_gather(models: Any, batch: int, sites: list[str], monkeypatch: Any) -> 
     assert len(shares) > 2, "some tokens run where others do not"
     assert sum(compacted) > len(compacted) / 2, "MLPs compute the chosen tokens alone"
     assert bool(attended) == (batch == 1 and sites is SITES), "attentions attend from the chosen tokens alone"
+    assert any(blind) == (batch > 1 and sites is SITES), "decode steps read no keys for rows that skip an attention"
 
 
 class RoutedRule(TokenRule):
