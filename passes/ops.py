@@ -145,6 +145,9 @@ _IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+_NAMED_BESIDE_KEYWORDS = (operator.and_, operator.or_, operator.not_, operator.is_)  # they write nothing
+
+
 def op_name(node: fx.Node) -> str:
     """The short name of what ``node`` calls: ``"add"`` for ``+``, ``torch.add``, ``.add`` and ``aten.add.Tensor``."""
     if node.op == "call_method":
@@ -219,7 +222,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     written: list[Any] = [node.kwargs.get("out")]
     first = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
     name, target = op_name(node), node.target
-    in_place_name = name.endswith("_") and not name.endswith("__")
+    in_place_name = name.endswith("_") and not name.endswith("__") and target not in _NAMED_BESIDE_KEYWORDS
     if node.op == "call_method":
         if in_place_name or name == "__setitem__" or re.fullmatch(r"__i\w+__", name):
             written.append(first)

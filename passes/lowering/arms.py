@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import get_args
 
@@ -44,6 +44,29 @@ class ArmGraph:
             else:
                 inside[node] = graph.node_copy(node, inside.__getitem__)
         return {}
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What an arm has in the place of some nodes of its slot.
+
+    Attributes:
+        kept: for each sum that loses all operands but one, the one that stays.
+        borrowed: for each write of keys or values, where they come from instead.
+        done: writes that have happened when the arm runs.
+        made: values that there are by then.
+    """
+
+    kept: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    borrowed: dict[fx.Node, Borrowed] = field(default_factory=dict)
+    done: frozenset[fx.Node] = frozenset()
+    made: frozenset[fx.Node] = frozenset()
+
+    def read_by(self, node: fx.Node) -> list[fx.Node]:
+        """What ``node`` reads."""
+        if node in self.borrowed:
+            return self.borrowed[node].arguments
+        return [self.kept[node]] if node in self.kept else node.all_input_nodes
 
 
 class ArmBuilder:
@@ -165,7 +188,7 @@ class ArmBuilder:
             roots = [n for n in roots if n not in self.droppable(slot, skipped)]
         borrowed = {b.kept.node: b for b in self.borrowed(slot, skipped)} if kv == "copy" else {}
         refused = self.refusal(slot, skipped, kv)
-        return self._emit(slot, names, kv, alias, borrowed, roots, self.escapes(slot), refused)
+        return self._emit(slot, names, kv, _Cut(alias, borrowed), roots, self.escapes(slot), refused)
 
     def queries(self, slot: Slot) -> ArmGraph | None:
         """What is left of an attention when its keys and values are in the cache; None if they are not kept there by
@@ -178,7 +201,8 @@ class ArmBuilder:
             return None
         if add not in self.escapes(slot) or any(slot.entry is None or self.flow.depends(n, slot.entry) for n in made):
             return None
-        return self._emit(slot, frozenset(), "project", {}, {}, [], [add], None, writes, made)
+        arm = self._emit(slot, frozenset(), "project", _Cut(done=writes, made=made), [], [add])
+        return arm if arm.refused is None else None
 
     def refusal(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> str | None:
         """Why ``kv`` would be wrong for ``skipped``, if it would."""
@@ -215,29 +239,25 @@ class ArmBuilder:
         slot: Slot,
         names: frozenset[str],
         kv: KVPolicy,
-        alias: dict[fx.Node, fx.Node],
-        borrowed: dict[fx.Node, Borrowed],
+        cut: _Cut,
         roots: list[fx.Node],
         escapes: list[fx.Node],
-        refused: str | None,
-        done: frozenset[fx.Node] = frozenset(),
-        made: frozenset[fx.Node] = frozenset(),
+        refused: str | None = None,
     ) -> ArmGraph:
-        """``done``: writes that have happened when the arm runs; ``made``: values that there are by then."""
-        inside = set(slot.nodes) - done - made
+        inside, kept = set(slot.nodes) - cut.done - cut.made, cut.kept
 
         def resolve(node: fx.Node) -> fx.Node:
-            while node in done or (node in alias and self._may_share(node, alias[node])):
-                node = node.args[0] if node in done else alias[node]  # type: ignore[assignment]
+            while node in cut.done or (node in kept and self._may_share(node, kept[node])):
+                node = node.args[0] if node in cut.done else kept[node]  # type: ignore[assignment]
             return node
 
         def read_by(node: fx.Node) -> list[fx.Node]:
-            if node in borrowed:
-                return borrowed[node].arguments
-            return list(map(resolve, [alias[node]] if node in alias else node.all_input_nodes))
+            return list(map(resolve, cut.read_by(node)))
 
         needed = self._slice([*roots, *map(resolve, escapes)], inside, read_by)
         body = [n for n in slot.nodes if n in needed]
+        if any(self._precedes(n, write) for n in body for write in cut.done):
+            refused = "it reads what it overwrites"
         inputs = self._inputs(slot, body, read_by)
         graph = fx.Graph()
         copied = {node: _placeholder(graph, node) for node in inputs}
@@ -249,10 +269,10 @@ class ArmBuilder:
             return copied[node]
 
         for node in body:
-            if node in borrowed:
-                copied[node] = borrowed[node].emit(graph, lift)
-            elif node in alias:
-                copied[node] = _copy_of(graph, lift(alias[node]), node)
+            if node in cut.borrowed:
+                copied[node] = cut.borrowed[node].emit(graph, lift)
+            elif node in kept:
+                copied[node] = _copy_of(graph, lift(kept[node]), node)
             else:
                 copied[node] = graph.node_copy(node, lift)
             copied[node].meta = dict(node.meta)
@@ -274,6 +294,11 @@ class ArmBuilder:
             return ArmGraph(names, kv, None, [], [], copies, refused)
         graph.output(tuple(results))
         return ArmGraph(names, kv, graph, inputs, outputs, copies, refused)
+
+    def _precedes(self, node: fx.Node, write: fx.Node) -> bool:
+        """True if ``node`` reads what was there before ``write``."""
+        touched = frozenset().union(*(self.flow.storages[n] for n in node.all_input_nodes), frozenset())
+        return self.flow.order[node] < self.flow.order[write] and bool(touched & self.flow.writes[write])
 
     def _kept_layout(self, graph: fx.Graph, result: fx.Node, escape: fx.Node, lent: bool) -> fx.Node:
         """``result``, contiguous if Dynamo saw it so. AOTAutograd's decompositions may change strides (``cat`` with an

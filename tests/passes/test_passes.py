@@ -14,6 +14,7 @@ from skipc.passes.decompose_fast_paths import DecomposeFastPaths
 from skipc.passes.find_sites import FindSites
 from skipc.passes.functionalize_inplace import FunctionalizeInplace
 from skipc.passes.manager import PassManager
+from skipc.passes.ops import written_arguments
 from skipc.passes.pipeline import PIPELINE, REGION_PIPELINE
 from skipc.passes.remove_noops import RemoveNoops
 from torch import fx, nn
@@ -21,7 +22,7 @@ from torch import fx, nn
 import skipc
 from skipc.cli import passes_markdown
 from skipc.ir.errors import PassError
-from tests.harness import capture, check_pass
+from tests.harness import capture, check_pass, ops
 from tests.models.zoo import HandWritten, ids
 
 X = torch.randn(2, 5, 16)
@@ -218,3 +219,10 @@ class TestManager:
             torch._dynamo.mark_dynamic(x, 1)
             compiled = torch.compile(layer, backend="skipc", options={"on_error": "raise"}, fullgraph=True)
             torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_operators_named_like_writes_write_nothing() -> None:
+    """``operator.and_`` ends like ``add_``."""
+    gm, _ = capture(lambda a, b: (a & b) | a, torch.tensor([True]), torch.tensor([False]))
+    assert set(ops(gm)) == {"and_", "or_"}
+    assert not any(written_arguments(n) for n in gm.graph.nodes)

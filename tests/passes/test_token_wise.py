@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from skipc.passes.fx_edit import copy_graph
 from skipc.passes.token_wise import token_dims
+from skipc.runtime import sessions
+
+import skipc
+from tests.harness import STRICT
 
 W, WIDE = torch.randn(16, 16), torch.randn(48, 16)
 KEYS = torch.randn(1, 2, 11, 8)
@@ -107,3 +111,47 @@ def test_followed(name: str) -> None:
 @pytest.mark.parametrize("name", MIXING)
 def test_left_alone(name: str) -> None:
     assert followed(MIXING[name])[0] is None
+
+
+class Attending(torch.nn.Module):
+    """Attention over a static cache, one thing of which may be done differently."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.q, self.k, self.o = (torch.nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor, count: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        cache.index_copy_(1, count + torch.arange(x.shape[1]), self.k(x))
+        if self.form == "the counter is read before it is counted":
+            mask = mask & (torch.arange(cache.shape[1]) <= count + 20)
+        count.add_(x.shape[1])
+        q = self.q(x).cumsum(1) if self.form == "tokens meet" else self.q(x)
+        return x + self.o(F.scaled_dot_product_attention(q, cache, cache, attn_mask=mask))
+
+
+@pytest.mark.parametrize("form", ["", "the counter is read before it is counted", "tokens meet"])
+def test_an_attention_is_split_where_its_keys_are_written(form: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = Attending(form)
+    compiled = skipc.compile(layer.eval(), fullgraph=True, compact_queries=True, **STRICT)
+    runs = torch.rand(1, 9) > 0.5
+
+    class Some(skipc.Policy):
+        def decide(self, call: skipc.Call) -> skipc.GateTable:
+            return skipc.GateTable.of(call.names, routed=call.names, measures=False)
+
+        def route(self, call: skipc.Call, site: str, stream: torch.Tensor) -> torch.Tensor:
+            return runs
+
+    x, cache, count, mask = torch.randn(1, 9, 16), torch.randn(1, 32, 16), torch.tensor(4), torch.rand(1, 9, 32) > 0.3
+    kept, counted = cache.clone(), count.clone()
+    full = layer(x, kept, counted, mask)
+    with compiled.session(policy=Some()):
+        found = compiled(x, cache, count, mask)
+    torch.testing.assert_close(found, torch.where(runs[..., None], full, x))
+    torch.testing.assert_close(cache, kept)
+    assert count == counted
+    (program,) = (p for p in sessions._programs if p.site_names == {"o"})
+    assert any(s.queries is not None for s in program.spec.steps) == (form == "")
