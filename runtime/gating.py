@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -239,15 +240,19 @@ class Observation:
         """The same for ``|after| / |before|``."""
         return [self._masked(norm_ratio(block)) for block in self.blocks]
 
-    def rows(self) -> list[list[float]]:
-        """Mean similarity of each site over the tokens of each row of the batch, NaN if there is none."""
-        rows: list[list[float]] = [[] for _ in self.table.sites]
+    def rows(self, sites: Sequence[int] | None = None) -> list[list[float]]:
+        """Mean similarity of each site, or of some by their numbers, over the tokens of each row of the batch; NaN if
+        there is none. (In plain Python where there is little: an operation of torch takes as long as fifty numbers.)"""
+        which = range(len(self.table.sites)) if sites is None else sites
+        rows: list[list[float]] = [[] for _ in which]
         for block in self.blocks:
             if block[0].numel() <= _FEW and block.dim() == 4 and block.shape[2] == 1 and self.valid is None:
-                found = [[_cosine(*moments) for (moments,) in site] for site in block.tolist()]  # of a decode step
+                moments = block.tolist()  # of a decode step
+                found = [[_cosine(*m) for (m,) in moments[i]] for i in which]
             else:
                 cosines = self._masked(cosine(block))
-                found = (cosines if cosines.dim() == 2 else cosines.flatten(2).nanmean(2)).tolist()
+                means = (cosines if cosines.dim() == 2 else cosines.flatten(2).nanmean(2)).tolist()
+                found = [means[i] for i in which]
             rows = [old if any(v == v for v in old) else new for old, new in zip(rows, found, strict=True)]
         return rows
 

@@ -67,7 +67,7 @@ class Decoder:
         """Logits behind ``tokens``, int64 [batch]: float [batch, vocabulary]. The model need not be ``watched`` for
         edits where no code but this has run since the last token."""
         session = sessions.innermost(self.model)
-        if session is not None and session.steering is not None:
+        if session is not None and session.fills:
             if missing := session.missing:
                 self._run_again(missing)
                 session.filled(missing)
@@ -83,6 +83,8 @@ class Decoder:
         if any(type(layer).__name__ != "StaticLayer" for layer in self.cache.layers):
             raise PlanError("kv='backfill' needs a cache that holds all tokens; this model's slides")
         end = self.count
+        if end != int(self.cache.layers[0].cumulative_length):
+            raise PlanError("kv='backfill' needs a session that is open from the prompt on")
         start = max(0, end - -(-tokens // _CHUNK) * _CHUNK)  # whole chunks: running more of them changes nothing
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(start)

@@ -230,6 +230,11 @@ class Session:
             self.steering.mask = mask if isinstance(mask, torch.Tensor) else None
 
     @property
+    def fills(self) -> bool:
+        """Whether calls under ``kv="backfill"`` were seen, so that :attr:`missing` is to be asked."""
+        return self.steering is not None and self.steering.fills
+
+    @property
     def missing(self) -> int:
         """Under ``kv="backfill"``: so many of the last tokens must run again, in full and outside this session, before
         the next decode step, since an attention that it may run lacks their keys. :func:`skipc.generate` sees to it."""

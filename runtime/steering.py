@@ -68,6 +68,7 @@ class Steering:
         phase: what calls count as; None: one token behind others is ``decode``, anything else ``prefill``.
         mask: 2-D, of the whole context so far or of the call's tokens, 0 for padding; None: no padding.
         route: what was done, if it is recorded.
+        fills: True if calls ran under ``kv="backfill"``.
     """
 
     def __init__(self, policy: Policy, record: bool, route: Route | None):
@@ -77,6 +78,7 @@ class Steering:
         self.mask: torch.Tensor | None = None
         self.statistics = SimilarityStats()
         self._positions: dict[frozenset[str], int] = {}
+        self.fills = False
         self._missing: dict[str, int] = {}  # under kv="backfill": the first token whose keys an attention lacks
         self._last: Call | None = None
         self._step = 0
@@ -146,6 +148,7 @@ class Steering:
             skipped = table.skipped
             seen = Observation(table, skipped)
         if kv == "backfill":
+            self.fills = True
             for name in skipped.intersection(s.name for s in call.sites if s.effects):
                 self._missing.setdefault(name, call.position)
         if self.replayed is None:

@@ -1,5 +1,4 @@
 // Whole sublayers as one kernel each, and chains of them in one parallel region. Semantics: kernels/blocks.py.
-#include <map>
 #include <memory>
 #include <mutex>
 #include <variant>
@@ -281,21 +280,22 @@ void moments_of(const T* x, const T* y, int64_t width, float* out) {
 template <typename T>
 struct Chain {
   enum Kind { ATTENTION, MLP, COUNT, CACHE, LINEAR, WHEN, PASS, MEASURE, COPY };
+  // Small, and its kernel elsewhere: links that are passed over come out of memory, too, as all the caches hold weights.
   struct Link {
     Kind kind;
     int64_t x = 0, residual = 0, out = 0;  // indices of streams
     int64_t site = -1, skipped = 0;        // the link runs if the site is skipped, or is not
-    std::optional<AttentionBlock<T>> attention;
-    std::optional<GatedMLP<T>> mlp;
-    std::optional<Linears<T>> linear;
-    std::optional<CopyRows<T>> copy;
     int64_t* counter = nullptr;
     int64_t amount = 0;
+    std::unique_ptr<AttentionBlock<T>> attention;
+    std::unique_ptr<GatedMLP<T>> mlp;
+    std::unique_ptr<Linears<T>> linear;
+    std::unique_ptr<CopyRows<T>> copy;
   };
   std::vector<Link> links;
   std::vector<std::unique_ptr<T[]>> results;
   std::vector<T*> streams{nullptr};  // the entry, then the results, of which the last is the caller's
-  std::map<int64_t, int64_t> before;     // the stream before each site that is measured
+  std::vector<int64_t> before;           // the stream before each site that is measured
   std::unique_ptr<float[]> scratch;
   int64_t work = 0, width = 0;
 
@@ -335,20 +335,23 @@ struct Chain {
         continue;
       }
       if (kind == COPY) {
-        link.copy.emplace(*tensor[0], *tensor[1], *tensor[2], *tensor[3], *tensor[4], *at++);
+        link.copy = std::make_unique<CopyRows<T>>(*tensor[0], *tensor[1], *tensor[2], *tensor[3], *tensor[4], *at++);
         tensor += 5;
         continue;
       }
       if (kind == PASS || kind == MEASURE) {
         link.x = *at++ + 1;
         link.out = *at++ + 1;
-        if (kind == MEASURE) before[link.site] = link.x;
+        if (kind == MEASURE) {
+          before.resize(std::max<int64_t>(before.size(), link.site + 1), 0);
+          before[link.site] = link.x;
+        }
         continue;
       }
       link.x = *at++ + 1;
       link.residual = kind == CACHE ? -1 : *at++ + 1;
       if (kind == MLP) {
-        link.mlp.emplace(R, tensor[0], number[0], *tensor[1], tensor[2], *tensor[3], *at++);
+        link.mlp = std::make_unique<GatedMLP<T>>(R, tensor[0], number[0], *tensor[1], tensor[2], *tensor[3], *at++);
         tensor += 4;
         number += 1;
         sized(*link.mlp);
@@ -356,7 +359,7 @@ struct Chain {
         const int64_t parts = *at++;
         const Maybe& norm = *tensor++;
         const auto weights = several(parts);
-        link.linear.emplace(R, norm, *number++, weights, several_or_none(parts));
+        link.linear = std::make_unique<Linears<T>>(R, norm, *number++, weights, several_or_none(parts));
         sized(*link.linear);
       } else {
         const bool whole = kind == ATTENTION;
@@ -366,7 +369,7 @@ struct Chain {
         const auto weights = several(parts);
         const auto biases = several_or_none(parts);
         const Maybe none, &q_norm = whole ? *tensor++ : none;
-        link.attention.emplace(B, Q, norm, number[0], weights, biases, q_norm, tensor[0], number[1], tensor[1],
+        link.attention = std::make_unique<AttentionBlock<T>>(B, Q, norm, number[0], weights, biases, q_norm, tensor[0], number[1], tensor[1],
                                tensor[2], *tensor[3], *tensor[4], *tensor[5], whole ? tensor[6] : none,
                                whole ? tensor[7] : none, causal, whole ? number[2] : 0, whole ? number[3] : 0,
                                whole ? tensor[8] : none, whole ? tensor[9] : none);
@@ -449,7 +452,7 @@ struct Chain {
   }
 
   void measure(const Gates& gates, const Link& link, T* const* stream, int64_t width, int64_t rows, float* out) const {
-    const T *x = stream[before.at(gates.since[link.site])], *y = stream[link.out];
+    const T *x = stream[before[gates.since[link.site]]], *y = stream[link.out];
     for (int64_t r = 0; r < rows; r++) moments_of(x + r * width, y + r * width, width, out + 3 * r);
   }
 

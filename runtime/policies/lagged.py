@@ -9,6 +9,7 @@ from skipc.runtime.policies.base import Call, Policy, TableCache, is_feed_forwar
 
 from skipc.ir.errors import ConfigError
 from skipc.ir.gating import BATCH_RULES, BatchRule, GateTable
+from skipc.ir.site import Site
 
 
 class Lagged(Policy):
@@ -51,6 +52,9 @@ class Lagged(Policy):
     def reset(self) -> None:
         """A new request."""
         self._steps = 0
+        self._sites: tuple[Site, ...] = ()  # of the last step, those that may be skipped, and their names
+        self._places: list[int] = []
+        self._names: list[str] = []
         self._means: dict[str, list[float]] = {}  # of each row
         self._skipped_for: dict[str, int] = {}  # steps since a skipped site last ran
 
@@ -68,10 +72,11 @@ class Lagged(Policy):
         if call.phase != "decode":
             return
         self._steps += 1
-        for site, row in zip(call.sites, seen.rows(), strict=True):
-            if not (self.attention or is_feed_forward(site)):
-                continue
-            name = site.name
+        if call.sites is not self._sites:
+            self._sites = call.sites
+            self._places = [i for i, site in enumerate(call.sites) if self.attention or is_feed_forward(site)]
+            self._names = [call.sites[i].name for i in self._places]
+        for name, row in zip(self._names, seen.rows(self._places), strict=True):
             if all(new != new for new in row):  # NaN: it did not run
                 if name in self._skipped_for:
                     self._skipped_for[name] += 1
