@@ -43,7 +43,9 @@ class LowerCopiedKeys(Pass):
             return PassResult()
         caches = [*(r.args[0] for r in reads), *(w.args[0] for _, w in pairs)]
         places, inside = pairs[0][1].args[2], {n for pair in pairs for n in pair}
-        same_places = all(r.args[1] == 2 and r.args[2] is w.args[2] is places and len(r.users) == 1 for r, w in pairs)
+        same_places = all(
+            r.args[1] == w.args[1] and r.args[2] is w.args[2] is places and len(r.users) == 1 for r, w in pairs
+        )
         if not same_places or not _are_caches(graph, caches):
             return PassResult()
         tokens = reads[0].meta["example_value"].shape[2]

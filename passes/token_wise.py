@@ -40,7 +40,7 @@ def token_dims(nodes: Iterable[fx.Node], size: torch.SymInt) -> dict[fx.Node, in
             continue
         try:
             found[node] = _follow(node, found, size)
-        except _Mixed:
+        except (_Mixed, ValueError, IndexError, KeyError, TypeError):  # or arguments given in an unusual way
             return None
     return found
 
@@ -51,6 +51,11 @@ class _Mixed(Exception):
 
 def _is_number(node: fx.Node) -> bool:
     return isinstance(node.meta.get("example_value"), int | torch.SymInt | torch.Size)
+
+
+def _counts(node: fx.Node, size: torch.SymInt) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.SymInt) and bool(value.node.expr.free_symbols & size.node.expr.free_symbols)
 
 
 def _enter(node: fx.Node, size: torch.SymInt, found: dict[fx.Node, Any]) -> bool:
@@ -75,6 +80,8 @@ def _follow(node: fx.Node, found: dict[fx.Node, Any], size: torch.SymInt) -> Any
     if written_arguments(node):
         raise _Mixed
     given = {n: found[n] for n in node.all_input_nodes if tensor(n) is not None and found[n] is not None}
+    if any(_counts(n, size) for n in node.all_input_nodes) and op_name(node) not in (*_RESHAPED, "expand"):
+        raise _Mixed  # the number of tokens, as a value
     values = [v for v in torch.utils._pytree.tree_leaves(node.meta.get("example_value")) if isinstance(v, torch.Tensor)]
     if not values or (not given and any(_places(v, size) for v in values)):
         raise _Mixed  # it makes tokens of nothing: positions, say
@@ -93,12 +100,10 @@ def _dimension(node: fx.Node, given: dict[fx.Node, int], value: torch.Tensor) ->
     first = node.args[0] if node.args else None
     if name in _ELEMENTWISE:
         return _one(value.dim() - (_rank(n) - d) for n, d in given.items())
-    if name in ("cat", "concat", "stack"):
+    if name in ("cat", "concat"):
         axis = argument(node, "dim", node.args[1] if len(node.args) > 1 else 0)
         dim = _one(given.values())
-        if name == "stack" or axis % value.dim() == dim:
-            raise _Mixed
-        return dim
+        return dim if axis % value.dim() != dim else _fail()
     if not isinstance(first, fx.Node) or first not in given:
         raise _Mixed
     at, rank = given[first], _rank(first)
@@ -137,9 +142,7 @@ def _of_queries(node: fx.Node, given: dict[fx.Node, int], at: int, rank: int) ->
     """Attention of each query by itself: keys and values are the same for all, and a mask has a row for each."""
     keys, values = node.args[1:3]
     mask = argument(node, "attn_mask", node.args[3] if len(node.args) > 3 else None)
-    place = 3 if op_name(node) == "scaled_dot_product_attention" else 5
-    causal = argument(node, "is_causal", node.args[place + 2] if place == 3 and len(node.args) > 5 else False)
-    causal = causal if place == 3 else node.args[5]
+    causal = argument(node, "is_causal", node.args[5] if len(node.args) > 5 else False)
     if causal is not False or at != rank - 2 or keys in given or values in given or mask is None:
         raise _Mixed
     if any(n not in (node.args[0], mask) for n in given) or (mask in given and given[mask] != _rank(mask) - 2):

@@ -51,6 +51,8 @@ class Decoder:
         """Logits behind the prompt: float [batch, vocabulary]."""
         self.cache.reset()
         self.replay.forget()
+        if (session := sessions.innermost(self.model)) is not None:
+            session.new_request()
         extra: dict[str, Any] = {}
         if mask is not None:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -85,7 +87,7 @@ class Decoder:
         end = self.count
         if end != int(self.cache.layers[0].cumulative_length):
             raise PlanError("kv='backfill' needs a session that is open from the prompt on")
-        start = max(0, end - -(-tokens // _CHUNK) * _CHUNK)  # whole chunks: running more of them changes nothing
+        start = max(0, end - tokens)
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(start)
         with sessions.Session(self.model):  # without a policy

@@ -237,8 +237,13 @@ class Session:
     @property
     def missing(self) -> int:
         """Under ``kv="backfill"``: so many of the last tokens must run again, in full and outside this session, before
-        the next decode step, since an attention that it may run lacks their keys. :func:`skipc.generate` sees to it."""
+        the next decode step, since it may run an attention that lacks keys. :func:`skipc.generate` sees to it."""
         return self.steering.missing if self.steering is not None else 0
+
+    def new_request(self) -> None:
+        """Caches were emptied: nothing that earlier calls left out is missing in them."""
+        if self.steering is not None:
+            self.steering.new_request()
 
     def filled(self, tokens: int) -> None:
         """The last ``tokens`` have run again, in full: no attention lacks their keys."""

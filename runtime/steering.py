@@ -81,6 +81,7 @@ class Steering:
         self.fills = False
         self._missing: dict[str, int] = {}  # under kv="backfill": the first token whose keys an attention lacks
         self._last: Call | None = None
+        self._again = 0  # tokens that ran again before the next call
         self._step = 0
 
     def choose(self, program: Program, inputs: Sequence[Any], kv: KVPolicy) -> tuple[Call, GateTable, Arms | GatedCall]:
@@ -116,22 +117,33 @@ class Steering:
     @property
     def missing(self) -> int:
         """See :attr:`Session.missing`."""
-        if not self._missing or self._last is None:
+        if self._last is None:
+            return 0
+        if self.replayed is not None:
+            return self.replayed.steps[self._step].again if self._step < len(self.replayed) else 0
+        if not self._missing:
             return 0
         position = self._last.position + self._last.tokens
-        call = self._last._replace(tokens=1, position=position, phase="decode")
-        table = self.policy.decide(call) if self.replayed is None else self._replay(call, self.replayed)
-        first = self._first_missing(table)
+        call = self._last._replace(tokens=1, position=position, phase=self.phase or "decode")
+        first = self._first_missing(self.policy.decide(call))
         return 0 if first is None else position - first
 
     def filled(self, tokens: int) -> None:
         """All attentions have the keys of the last ``tokens``."""
         if self._last is not None:
+            self._again = tokens
             first = self._last.position + self._last.tokens - tokens
             self._missing = {name: at for name, at in self._missing.items() if at < first}
 
+    def new_request(self) -> None:
+        """The caches are empty: nothing is missing."""
+        self._missing.clear()
+
     def _first_missing(self, table: GateTable) -> int | None:
-        return min((at for name, at in self._missing.items() if name not in table.skipped), default=None)
+        """The first token whose keys any attention lacks, if one that lacks some may run. (Running tokens again in full
+        runs all attentions, so that none may have holes before them.)"""
+        runs = any(name in table.sites and name not in table.skipped for name in self._missing)
+        return min(self._missing.values()) if runs else None
 
     def ran(
         self, call: Call, table: GateTable, program: Program, how: Arms | GatedCall, kv: KVPolicy
@@ -158,7 +170,8 @@ class Steering:
             scale = {n: f for n, f in table.factors.items() if n in skipped or n in partly}
             tokens = {n: ["".join("01"[t] for t in row) for row in rows.tolist()] for n, rows in partly.items()}
             adapted = isinstance(how, GatedCall) and how.adapted
-            self.route.steps.append(RouteStep(skipped, scale, tokens, adapted))
+            self.route.steps.append(RouteStep(skipped, scale, tokens, adapted, self._again))
+            self._again = 0
         return skipped
 
     def _replay(self, call: Call, route: Route) -> GateTable:

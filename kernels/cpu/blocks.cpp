@@ -169,17 +169,27 @@ void cache_block(const Tensor& x, const Maybe& norm, double eps, const std::vect
   x.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
 }
 
-// What a skipped attention keeps under kv="copy": what another cache has at the same places.
-template <typename T>
+// What a skipped attention keeps under kv="copy": what another cache has at the same places. Caches may be of another
+// dtype than the stream, so elements are bytes here.
 struct CopyRows {
-  int64_t B, H, D, Dv, L, tokens;
-  Cache<T> from_keys, from_values, keys, values;
+  struct Place {
+    char* data;
+    int64_t stride[3], bytes;  // of rows of the batch, heads, tokens; of what is copied
+    explicit Place(const Tensor& t) : data((char*)t.const_data_ptr()) {
+      const int64_t size = t.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(bf16);
+      for (int64_t i = 0; i < 3; i++) stride[i] = t.stride(i) * size;
+      bytes = t.size(3) * size;
+    }
+    char* at(int64_t b, int64_t h, int64_t l) const { return data + b * stride[0] + h * stride[1] + l * stride[2]; }
+  };
+  int64_t B, H, L, tokens;
+  Place from_keys, from_values, keys, values;
   const int64_t* position;
-  bool counter;
+  bool counter;  // the position is that of the first token
 
   CopyRows(const Tensor& from_keys, const Tensor& from_values, const Tensor& keys, const Tensor& values,
            const Tensor& position, int64_t tokens)
-      : B(keys.size(0)), H(keys.size(1)), D(keys.size(3)), Dv(values.size(3)),
+      : B(keys.size(0)), H(keys.size(1)),
         L(std::min(std::min(from_keys.size(2), from_values.size(2)), std::min(keys.size(2), values.size(2)))),
         tokens(tokens), from_keys(from_keys), from_values(from_values), keys(keys), values(values),
         position((const int64_t*)position.const_data_ptr()), counter(position.dim() == 0) {}
@@ -195,20 +205,17 @@ struct CopyRows {
 #pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < B * H * tokens; task++) {
       const int64_t b = task / (H * tokens), h = task / tokens % H, l = place(task % tokens);
-      std::memcpy(keys.at(b, h, l), from_keys.at(b, h, l), D * sizeof(T));
-      std::memcpy(values.at(b, h, l), from_values.at(b, h, l), Dv * sizeof(T));
+      std::memcpy(keys.at(b, h, l), from_keys.at(b, h, l), keys.bytes);
+      std::memcpy(values.at(b, h, l), from_values.at(b, h, l), values.bytes);
     }
   }
 };
 
 void copy_rows(const Tensor& from_keys, const Tensor& from_values, const Tensor& keys, const Tensor& values,
                const Tensor& position, int64_t tokens) {
-  const auto run = [&](auto zero) {
-    const CopyRows<decltype(zero)> rows(from_keys, from_values, keys, values, position, tokens);
-    rows.check();
-    rows.run();
-  };
-  keys.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
+  const CopyRows rows(from_keys, from_values, keys, values, position, tokens);
+  rows.check();
+  rows.run();
 }
 
 // The gates of one call: which sites are skipped, and when a similarity skips more. Semantics: kernels/chain.py, Gates.
@@ -290,7 +297,7 @@ struct Chain {
     std::unique_ptr<AttentionBlock<T>> attention;
     std::unique_ptr<GatedMLP<T>> mlp;
     std::unique_ptr<Linears<T>> linear;
-    std::unique_ptr<CopyRows<T>> copy;
+    std::unique_ptr<CopyRows> copy;
   };
   std::vector<Link> links;
   std::vector<std::unique_ptr<T[]>> results;
@@ -335,7 +342,7 @@ struct Chain {
         continue;
       }
       if (kind == COPY) {
-        link.copy = std::make_unique<CopyRows<T>>(*tensor[0], *tensor[1], *tensor[2], *tensor[3], *tensor[4], *at++);
+        link.copy = std::make_unique<CopyRows>(*tensor[0], *tensor[1], *tensor[2], *tensor[3], *tensor[4], *at++);
         tensor += 5;
         continue;
       }

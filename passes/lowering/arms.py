@@ -10,7 +10,7 @@ from typing import get_args
 import sympy
 import torch
 from skipc.passes.lowering.borrowing import Borrowed, Keeping, keeping
-from skipc.passes.ops import is_statement, same_sizes, tensor
+from skipc.passes.ops import ATTENTION, SOFTMAX, is_statement, op_name, same_sizes, tensor
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Term
 from torch import fx
@@ -105,9 +105,8 @@ class ArmBuilder:
 
     def _differs(self, slot: Slot, skipped: list[Term], kv: KVPolicy) -> bool:
         """Whether ``kv`` is not the same as "project" here."""
-        if kv == "none":
-            return bool(self.droppable(slot, skipped) or self.refusal(slot, skipped, kv))
-        return kv == "copy" and bool(self.borrowed(slot, skipped) or self.refusal(slot, skipped, kv))
+        there = self.droppable if kv == "none" else self.borrowed if kv == "copy" else None
+        return there is not None and bool(there(slot, skipped) or self.refusal(slot, skipped, kv))
 
     # -- what a slot does to the outside ------------------------------------------------------------------------------
 
@@ -147,24 +146,34 @@ class ArmBuilder:
         ]
 
     def borrowed(self, slot: Slot, skipped: list[Term]) -> list[Borrowed]:
-        """What the skipped sites keep under kv="copy"; nothing if they are the lowest of their kind, which project."""
+        """What the skipped sites keep under kv="copy"; nothing if they are the lowest of their form, which project."""
         assert slot.entry is not None
-        assert slot.junction is not None
         mine = self._keepings(slot, skipped)
-        for lower in reversed(self.partition.slots[: slot.index] if mine else []):
-            if lower.junction is None or lower.junction.stream != slot.junction.stream:
-                continue
-            theirs = self._keepings(lower, lower.junction.terms)
+        for theirs in self._below(slot) if mine else ():
             pairs = list(zip(mine, theirs, strict=False))
             if len(mine) == len(theirs) and all(a and b and a.like(b) for a, b in pairs):
                 return [Borrowed(a, b, slot.entry) for a, b in pairs if a and b]
         return []
 
+    def _below(self, slot: Slot) -> Iterator[list[Keeping | None]]:
+        """How the attentions below keep their keys and values, the nearest first."""
+        assert slot.junction is not None
+        for lower in reversed(self.partition.slots[: slot.index]):
+            same = lower.junction is not None and lower.junction.stream == slot.junction.stream
+            if same and (found := self._keepings(lower, lower.junction.terms)):  # type: ignore[union-attr]
+                yield found
+
     def _keepings(self, slot: Slot, terms: list[Term]) -> list[Keeping | None]:
         """How the attentions among ``terms`` keep their keys and values; None for what is of no known form."""
         attentions = [t for t in terms if t.kind in (SiteKind.ATTENTION, SiteKind.CROSS_ATTENTION)]
-        values = [n for n in self.kept(slot, attentions) if n not in self.flow.writes]
+        values = [n for n in self.kept(slot, attentions) if n not in self.flow.writes and not self._is_weights(slot, n)]
         return [keeping(self.flow, slot, n) for n in (*self.droppable(slot, attentions), *values)]
+
+    def _is_weights(self, slot: Slot, node: fx.Node) -> bool:
+        """True for what an attention returns beside its keys and values: its weights."""
+        assert slot.entry is not None
+        between = self.flow.between(slot.entry, node)
+        return any(op_name(n) in SOFTMAX | ATTENTION for n in between)
 
     def slice_of(self, slot: Slot, roots: list[fx.Node]) -> set[fx.Node]:
         """What ``roots`` need, of the nodes of ``slot``."""
@@ -209,7 +218,7 @@ class ArmBuilder:
         if kv == "project":
             return None
         if kv == "copy":
-            unknown = None in self._keepings(slot, skipped)
+            unknown = None in self._keepings(slot, skipped) and any(True for _ in self._below(slot))
             return "what it keeps is made of other tokens, too, or cannot be read back" if unknown else None
         output = self.flow.nodes[-1]
         for write in self.droppable(slot, skipped):

@@ -16,6 +16,7 @@ from skipc.passes.dataflow import Dataflow
 from skipc.passes.ops import PARTS, VIEWS, is_parameter_like, op_name, same_sizes, tensor
 from skipc.passes.partition import Slot
 from torch import fx
+from torch._prims_common import is_contiguous_or_false
 
 _IN_PLACE = frozenset(["index_copy_", "index_put_", "setitem", "copy_"])
 
@@ -47,12 +48,8 @@ class Keeping:
         """Whether the source is made of the call's tokens alone (a sliding window is made of older rows, too)."""
         if self.cache is not self.node:
             return not flow.depends(self.source, self.cache)
-        older = [
-            n
-            for n in flow.nodes
-            if n.op == "placeholder" and flow.depends(self.source, n) and not is_parameter_like(n) and _numbers(n)
-        ]
-        return all(slot.entry is not None and flow.depends(slot.entry, n) for n in older)
+        value = tensor(self.source)
+        return value is not None and not any(_holds_rows(n, value.dim()) for n in _made_of(flow, self.source, slot))
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ def _grown(slot: Slot, node: fx.Node) -> Keeping | None:
             count = source.meta["example_value"].shape[dim]
             known = isinstance(count, int) or _dimension(slot.entry, count) is not None
             return Keeping(node, source, node, dim) if known else None
-    return Keeping(node, node, node)
+    return Keeping(node, node, node) if value is not None and is_contiguous_or_false(value) else None
 
 
 def _dimension(stream: fx.Node | None, size: Any) -> int | None:
@@ -161,6 +158,21 @@ def _fit(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return all(n == m for n, m in sizes)
 
 
-def _numbers(node: fx.Node) -> bool:
+def _made_of(flow: Dataflow, node: fx.Node, slot: Slot) -> set[fx.Node]:
+    """Inputs of the graph that ``node`` is made of, other than through the stream."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen and n is not slot.entry:
+            seen.add(n)
+            stack += flow.sources[n]
+    return {n for n in seen if n.op == "placeholder"}
+
+
+def _holds_rows(node: fx.Node, rank: int) -> bool:
+    """True for an input that may be a cache, by its rank (rotary tables have less than the keys that they turn)."""
     value = tensor(node)
-    return value is not None and value.is_floating_point() and value.numel() != 0
+    if value is None or is_parameter_like(node) or not value.is_floating_point():
+        return False
+    return value.dim() >= rank and value.numel() != 0

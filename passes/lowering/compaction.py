@@ -13,6 +13,7 @@ from skipc.passes.lowering.regions import Region, kernel_calls
 from skipc.passes.ops import op_name, same_sizes
 from skipc.passes.token_wise import token_dims
 from torch import fx
+from torch._prims_common import is_contiguous_or_false
 
 from skipc.ir.program import Gather, Queries, Step
 from skipc.ir.site import SiteKind
@@ -73,6 +74,8 @@ def queries_of(
     inputs = [n for n in nodes if n.op == "placeholder"]
     tokens = tuple((i, dim) for i, n in enumerate(inputs) if (dim := dims.get(n)) is not None)
     given = [n.meta["example_value"] for n in inputs]
+    if not all(is_contiguous_or_false(given[i]) for i, _ in tokens):  # as the rows that are taken of them will be
+        return None
     sizes = tuple(i for i, v in enumerate(given) if isinstance(v, torch.SymInt) and v.node.expr == size.node.expr)
     return tokens, sizes, size.node.expr
 

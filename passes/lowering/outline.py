@@ -170,8 +170,11 @@ class Outline:
         """True if no later slot, and no caller through the outputs, sees what ``arm`` does: it writes to inputs of the
         graph that nothing touches again. Such an arm is a few cheap calls, each of which costs ten times more with the
         processor's caches full of weights than one after the other at the end of the program."""
-        if arm.outputs or arm.kv == "copy" or any(n.op != "placeholder" for n in arm.inputs):
-            return False  # (a later arm may copy what this one has copied)
+        if arm.outputs or any(n.op != "placeholder" for n in arm.inputs):
+            return False
+        terms = [t for t in slot.junction.terms if t.name in arm.skipped] if slot.junction else []
+        if arm.kv != "none" and self.builder.droppable(slot, terms):
+            return False  # a later arm may copy the keys that it writes
         mine = frozenset().union(*(self.flow.storages[n] for n in arm.inputs))
         place = self.partition.place
         return not any(

@@ -16,7 +16,7 @@ Score = Callable[[torch.Tensor], torch.Tensor]
 
 class Routed(Policy):
     """Let a router decide for each token which sites it goes through. MLPs run on the tokens that need them; attentions
-    compute keys and values of all tokens, and where only some go through, all queries too.
+    compute keys and values of all tokens, and the queries of those that go through, where they can (see ``Config``).
 
     Args:
         routers: for each site, a module or function from the stream before it, ``[batch, tokens, width]``, to scores,

@@ -22,6 +22,7 @@ class RouteStep:
         scale: factors other than 1, by which a skipped site multiplied the stream.
         tokens: for each site that only some tokens went through, a string for each row of the batch, with a 1 for a
             token that did and a 0 for one that did not.
+        again: so many earlier tokens ran again before it, in full (``kv="backfill"``).
         adapted: True if a router added something to the stream of skipped tokens, which a route cannot do again.
     """
 
@@ -29,6 +30,7 @@ class RouteStep:
     scale: Mapping[str, float] = field(default_factory=dict)
     tokens: Mapping[str, Sequence[str]] = field(default_factory=dict)
     adapted: bool = False
+    again: int = 0
 
 
 @dataclass
@@ -60,7 +62,10 @@ class Route:
             if read["format"] != _FORMAT:
                 raise ValueError(f"format {read['format']}")
             return cls(
-                [RouteStep(frozenset(s["skipped"]), s["scale"], s["tokens"], s["adapted"]) for s in read["steps"]]
+                [
+                    RouteStep(frozenset(s["skipped"]), s["scale"], s["tokens"], s["adapted"], s.get("again", 0))
+                    for s in read["steps"]
+                ]
             )
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(f"{path} is no route of format {_FORMAT}: {error}") from None
@@ -68,6 +73,7 @@ class Route:
     def _text(self) -> str:
         steps = [
             {"skipped": sorted(s.skipped), "scale": dict(s.scale), "tokens": dict(s.tokens), "adapted": s.adapted}
+            | ({"again": s.again} if s.again else {})
             for s in self.steps
         ]
         return json.dumps({"format": _FORMAT, "steps": steps}, indent=1, sort_keys=True)

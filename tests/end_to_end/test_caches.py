@@ -156,6 +156,24 @@ def test_kv_copy_keeps_what_the_attention_below_keeps(lowering: str, cache: str,
         torch.testing.assert_close(mine.values, theirs.values)
 
 
+def test_kv_copy_of_embeddings_into_growing_caches() -> None:
+    """The stream is an input: the lowest attention projects, the next copies from it."""
+    torch._dynamo.reset()
+    model = deeper_llama()
+    compiled = skipc.compile(model, fullgraph=True, kv="copy", **STRICT)
+    skip = {f"model.layers.{i}.self_attn" for i in range(2)}
+    mine, theirs = (DynamicCache(config=model.config) for _ in range(2))
+    for count in (5, 2, 1):
+        x = torch.randn(1, count, 64)
+        with eager_skip(model, skip):
+            expected = model(inputs_embeds=x, past_key_values=theirs).logits
+        copied(model, theirs, skip, count)
+        with compiled.session(skip=skip):
+            torch.testing.assert_close(compiled(inputs_embeds=x, past_key_values=mine).logits, expected)
+    torch.testing.assert_close(mine.layers[1].keys, theirs.layers[1].keys)
+    torch.testing.assert_close(mine.layers[1].keys, mine.layers[0].keys)
+
+
 class CachingLayer(torch.nn.Module):
     """Attention that writes two tokens to its cache, in some form."""
 

@@ -168,7 +168,10 @@ def test_a_chain_has_the_bits_of_its_links(dtype: torch.dtype, batch: int, token
     links.cache(first, cached)
     d = {name: torch.zeros_like(c[name]) for name in ("keys", "values")}
     links.copy((c["keys"], c["values"], d["keys"], d["values"], c["position"], tokens))  # what was written just before
-    caches = (a["keys"], b["keys"], c["keys"], d["keys"], d["values"])
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32  # caches need not have the stream's dtype
+    e = [torch.randn(d["keys"].shape).to(other) for _ in range(4)]
+    links.copy((*e, c["position"], tokens))
+    caches = (a["keys"], b["keys"], c["keys"], d["keys"], d["values"], *e[2:])
     kept = [t.clone() for t in caches]
     expected = chain(x, links.tensors, links.code, links.numbers)
     written = [t.clone() for t in caches]

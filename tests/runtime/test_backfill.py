@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,15 +17,26 @@ from tests.harness import STRICT, eager_skip
 SKIP = frozenset(["model.layers.1.self_attn", "model.layers.2.mlp", "model.layers.3.self_attn"])
 
 
-class EveryFourth(Policy):
-    """Decode steps skip some sites, but for every fourth."""
+def every_fourth(position: int) -> frozenset[str]:
+    """Skip some sites, but at every fourth step."""
+    return SKIP if position % 4 else frozenset()
 
-    def __init__(self, skip: frozenset[str] = SKIP):
-        self.skip = skip
+
+def in_turn(position: int) -> frozenset[str]:
+    """An attention is skipped for long, and meanwhile another comes and goes."""
+    early = {"model.layers.1.self_attn"} if position < 24 else set()
+    return frozenset(early | ({"model.layers.2.self_attn"} if position % 5 < 3 else set()))
+
+
+class Scheduled(Policy):
+    """Decode steps skip what a schedule says."""
+
+    def __init__(self, schedule: Callable[[int], frozenset[str]] = every_fourth):
+        self.schedule = schedule
 
     def decide(self, call: Call) -> skipc.GateTable:
-        skips = call.phase == "decode" and call.position % 4
-        return skipc.GateTable.of(call.names, skip=self.skip if skips else (), measures=False)
+        skip = self.schedule(call.position) if call.phase == "decode" else ()
+        return skipc.GateTable.of(call.names, skip=skip, measures=False)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,9 @@ def models() -> tuple[Any, Any]:
     return model, skipc.compile(model, fullgraph=True, kv="backfill", **STRICT)
 
 
-def spelled_out(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, new: int) -> tuple[torch.Tensor, Any, int]:
+def spelled_out(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor | None, new: int, schedule: Callable[[int], frozenset[str]]
+) -> tuple[torch.Tensor, Any, int]:
     """The same in eager, token by token: tokens, cache, and how many ran again."""
     kv = StaticCache(config=model.config, max_cache_len=256)
     batch, prompt = ids.shape
@@ -49,44 +63,59 @@ def spelled_out(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, new: i
         extra = {} if mask is None else {"attention_mask": full, "position_ids": positions[:, start:end]}
         return model(ids[:, start:end], past_key_values=kv, **extra).logits[:, -1].argmax(-1)
 
-    again, hole = 0, None
+    again, holes = 0, {}
     following = call(0, prompt)
     for at in range(prompt, prompt + new):
         ids = torch.cat([ids, following[:, None]], 1)
         if at == prompt + new - 1:
             break
-        skips = at % 4 != 0
-        if not skips and hole is not None:
-            call(hole, at)
-            again, hole = again + at - hole, None
-        hole = at if skips and hole is None else hole
-        with eager_skip(model, SKIP if skips else ()):
+        skip = schedule(at)
+        if not holes.keys() <= skip:
+            first = min(holes.values())
+            call(first, at)
+            again, holes = again + at - first, {}
+        holes |= {name: at for name in skip if name.endswith("attn") and name not in holes}
+        with eager_skip(model, skip):
             following = call(at, at + 1)
     return ids, kv, again
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_tokens_and_cache_of_running_again(models: tuple[Any, Any], batch: int) -> None:
+@pytest.mark.parametrize(("batch", "schedule"), [(1, every_fourth), (3, every_fourth), (1, in_turn)])
+def test_tokens_and_cache_of_running_again(models: tuple[Any, Any], batch: int, schedule: Any) -> None:
     model, compiled = models
     ids = torch.randint(3, 90, (batch, 10), generator=torch.Generator().manual_seed(batch))
     mask = None if batch == 1 else torch.tensor([[0] * n + [1] * (10 - n) for n in (0, 4, 1)])
-    expected, kv, again = spelled_out(model, ids, mask, 18)
-    with compiled.session(policy=EveryFourth()) as session:
-        found = skipc.generate(compiled, ids, attention_mask=mask, max_new_tokens=18)
+    expected, kv, again = spelled_out(model, ids, mask, 19, schedule)
+    with compiled.session(policy=Scheduled(schedule), record=True) as session:
+        found = skipc.generate(compiled, ids, attention_mask=mask, max_new_tokens=19)
     assert torch.equal(found, expected)
     assert session.stats().backfilled == again > 8
-    valid = torch.ones(batch, 24, dtype=torch.bool)  # behind the last step that ran everything
+    valid = torch.ones(batch, 24, dtype=torch.bool)  # before the last step that ran everything
     if mask is not None:
         valid[:, :10] = mask.bool()
-    for mine, theirs in zip(compiled._decoder.cache.layers, kv.layers, strict=True):
-        for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+    caches = [(layer.keys.clone(), layer.values.clone()) for layer in compiled._decoder.cache.layers]
+    for mine, theirs in zip(caches, kv.layers, strict=True):
+        for a, b in zip(mine, (theirs.keys, theirs.values), strict=True):
             torch.testing.assert_close(a.transpose(1, 2)[:, :24][valid], b.transpose(1, 2)[:, :24][valid])
+    with compiled.session(route=session.route):
+        assert torch.equal(skipc.generate(compiled, ids, attention_mask=mask, max_new_tokens=19), found)
+    for (keys, values), layer in zip(caches, compiled._decoder.cache.layers, strict=True):
+        assert torch.equal(keys[:, :, :28], layer.keys[:, :, :28])
+        assert torch.equal(values[:, :, :28], layer.values[:, :, :28])
+
+
+def test_requests_of_one_session_have_caches_of_their_own(models: tuple[Any, Any]) -> None:
+    compiled = models[1]
+    ids = torch.randint(3, 90, (1, 10), generator=torch.Generator().manual_seed(1))
+    with compiled.session(policy=Scheduled()):
+        skipc.generate(compiled, ids, max_new_tokens=4)
+        skipc.generate(compiled, ids, max_new_tokens=4)
 
 
 def test_holes_that_nobody_fills_are_refused(models: tuple[Any, Any]) -> None:
     model, compiled = models
     kv = StaticCache(config=model.config, max_cache_len=256)
-    with compiled.session(policy=EveryFourth()) as session:
+    with compiled.session(policy=Scheduled()) as session:
         compiled(torch.arange(3, 9)[None], past_key_values=kv)
         for token in (9, 10):
             assert session.missing == 0
