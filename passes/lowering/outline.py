@@ -205,6 +205,7 @@ class Outline:
             fx.GraphModule(self.gm, arm.graph),
             symbols,
             calls=1,
+            rare=arm.kv == "copy",
         )
         self.manager.run_region(region.gm, region.name)
         self.regions.append(region)

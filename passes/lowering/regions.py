@@ -12,7 +12,7 @@ import torch
 from skipc.kernels.blocks import SUBLAYERS
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.lowering.inductor import Compiled
-from skipc.passes.ops import VIEWS, op_name, tensor, written_arguments
+from skipc.passes.ops import HEAVY, VIEWS, op_name, tensor, written_arguments
 from torch import fx
 
 from skipc.ir.program import Input, KernelCall, RegionInfo
@@ -22,7 +22,7 @@ _FREE = VIEWS | frozenset(["getitem", "expand", "transpose", "permute", "size", 
 
 @dataclass
 class Region:
-    """A distinct region: its graph and, once compiled, its function."""
+    """A distinct region: its graph and, once compiled, its function. ``rare``: it is called in few sessions."""
 
     name: str
     gm: fx.GraphModule
@@ -31,13 +31,17 @@ class Region:
     guards: list[Any] = field(default_factory=list)
     function: Compiled | None = None
     seconds: float = 0.0
+    rare: bool = False
 
     @cached_property
     def interpreted(self) -> bool:
         """Run as it is, without Inductor: because it does so little that calling Inductor's code would cost more (views
-        and counters, kernels that are whole sublayers), or because it writes to an input that another input overlaps
-        (AOTAutograd would need to know how the two were made, which a region's inputs do not tell)."""
+        and counters, kernels that are whole sublayers), or because it does little and hardly anyone will call it, or
+        because it writes to an input that another input overlaps (AOTAutograd would need to know how the two were made,
+        which a region's inputs do not tell)."""
         nodes = [n for n in self.gm.graph.nodes if n.op in ("call_function", "call_method")]
+        if self.rare and not any(op_name(n) in HEAVY for n in nodes):
+            return True
         if len(nodes) <= 4 and all(op_name(n) in _FREE or n.target in SUBLAYERS for n in nodes):
             return True
         flow = Dataflow(self.gm.graph)
