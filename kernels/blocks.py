@@ -142,7 +142,7 @@ def copy_rows(
         from_keys, from_values, keys, values: ``[batch, heads, length, dim]``, fp32 or bf16; rows are contiguous.
         position: int64, the place of the first of ``tokens``, or ``[tokens]``, of each.
     """
-    places = position + torch.arange(tokens) if position.dim() == 0 else position
+    places = _places(position, tokens)
     for source, target in ((from_keys, keys), (from_values, values)):
         target.index_copy_(2, places, source.index_select(2, places))
 
@@ -155,8 +155,12 @@ def _turned(
     return heads if cos is None or sin is None else rotate(heads, cos.float(), sin.float())
 
 
+def _places(position: torch.Tensor, tokens: int) -> torch.Tensor:
+    return position + torch.arange(tokens) if position.dim() == 0 else position
+
+
 def _write(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
-    places = position + torch.arange(k.shape[2]) if position.dim() == 0 else position
+    places = _places(position, k.shape[2])
     keys.index_copy_(2, places, k.to(keys.dtype))
     values.index_copy_(2, places, v.to(values.dtype))
 

@@ -95,9 +95,8 @@ class GatedCall:
         self.moments: dict[tuple[int, ...], torch.Tensor] = {}
         self._before: dict[int, torch.Tensor] = {}
         if 0 not in extent:
-            self._block(
-                extent, device
-            )  # before the program allocates: what outlives its values would tear holes in the heap
+            # Before the program allocates: what outlives its values would tear holes in the heap.
+            self._block(extent, device)
 
     # -- asked by the program -----------------------------------------------------------------------------------------
 

@@ -41,6 +41,20 @@ struct Rotary {
   }
 };
 
+// Where tokens lie in a cache: each place is given, or that of the first one.
+struct Places {
+  const int64_t* data;
+  bool first;
+
+  explicit Places(const Tensor& t) : data((const int64_t*)t.const_data_ptr()), first(t.dim() == 0) {}
+  int64_t at(int64_t i) const { return first ? *data + i : data[i]; }
+  void check(int64_t tokens, int64_t length, const char* kernel) const {
+    for (int64_t i = 0; i < tokens; i++)
+      STD_TORCH_CHECK(at(i) >= 0 && at(i) < length, kernel, ": index out of bounds: position ", at(i), " of a cache of ",
+                      length);
+  }
+};
+
 // An attention sublayer: norm, projections, rotation, cache, attention, output, residual. Without `out`, it ends with the
 // cache, and the projections make no queries.
 template <typename T>
@@ -52,8 +66,7 @@ struct AttentionBlock {
   int64_t total;  // rows of the projections: queries, keys, values
   Rotary rotary;
   Cache<T> keys, values;
-  const int64_t* position;
-  bool counter;  // the position is that of the first token
+  Places places;
   Attention<T> attention;
 
   AttentionBlock(int64_t B, int64_t Q, const Maybe& norm, double eps, const std::vector<Tensor>& projections,
@@ -64,17 +77,12 @@ struct AttentionBlock {
       : B(B), Q(Q), K(projections[0].size(1)), N(out.has_value() ? out->size(0) : 0), norm(pointer<T>(norm)), q_norm(pointer<T>(q_norm)), k_norm(pointer<T>(k_norm)), eps(eps), head_eps(head_eps),
         projections(parts_of<T>(projections, biases)), output(out.has_value() ? parts_of<T>({*out}, {out_bias}) : std::vector<Part<T>>()),
         total(this->projections.back().first + this->projections.back().count), rotary(cos, sin),
-        keys(keys), values(values), position((const int64_t*)position.const_data_ptr()), counter(position.dim() == 0),
+        keys(keys), values(values), places(position),
         attention({B, (total - keys.size(1) * (keys.size(3) + values.size(3))) / keys.size(3), Q, keys.size(3),
                    keys.size(1), keys.size(2), values.size(3)},
                   {causal, float(scale), float(softcap)}, keys, values, mask, live) {}
 
-  int64_t place(int64_t i) const { return counter ? *position + i : position[i]; }
-  void check() const {
-    for (int64_t i = 0; i < Q; i++)
-      STD_TORCH_CHECK(place(i) >= 0 && place(i) < attention.s.L, "attention_block: index out of bounds: position ",
-                      place(i), " of a cache of ", attention.s.L);
-  }
+  void check() const { places.check(Q, attention.s.L, "attention_block"); }
   int64_t scratch() const {
     const Shape& s = attention.s;
     return B * Q * (total + s.H * s.D + s.H * s.Dv) + attention.scratch();
@@ -111,12 +119,12 @@ struct AttentionBlock {
         head(row + h * s.D, s.D, q_norm, b, i, queries + ((b * s.H + h) * Q + i) * s.D);
       } else if (h < s.H + s.Hkv) {
         head(row + h * s.D, s.D, k_norm, b, i, key.data());
-        T* to = keys.at(b, h - s.H, place(i));
+        T* to = keys.at(b, h - s.H, places.at(i));
         for (int64_t d = 0; d < s.D; d++) narrow(key[d], to + d);
       } else {
         const int64_t g = h - s.H - s.Hkv;
         const float* from = row + (s.H + s.Hkv) * s.D + g * s.Dv;
-        T* to = values.at(b, g, place(i));
+        T* to = values.at(b, g, places.at(i));
         for (int64_t d = 0; d < s.Dv; d++) narrow(from[d], to + d);
       }
     }
@@ -172,10 +180,10 @@ void cache_block(const Tensor& x, const Maybe& norm, double eps, const std::vect
 // What a skipped attention keeps under kv="copy": what another cache has at the same places. Caches may be of another
 // dtype than the stream, so elements are bytes here.
 struct CopyRows {
-  struct Place {
+  struct Rows {
     char* data;
     int64_t stride[3], bytes;  // of rows of the batch, heads, tokens; of what is copied
-    explicit Place(const Tensor& t) : data((char*)t.const_data_ptr()) {
+    explicit Rows(const Tensor& t) : data((char*)t.const_data_ptr()) {
       const int64_t size = t.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(bf16);
       for (int64_t i = 0; i < 3; i++) stride[i] = t.stride(i) * size;
       bytes = t.size(3) * size;
@@ -183,28 +191,21 @@ struct CopyRows {
     char* at(int64_t b, int64_t h, int64_t l) const { return data + b * stride[0] + h * stride[1] + l * stride[2]; }
   };
   int64_t B, H, L, tokens;
-  Place from_keys, from_values, keys, values;
-  const int64_t* position;
-  bool counter;  // the position is that of the first token
+  Rows from_keys, from_values, keys, values;
+  Places places;
 
   CopyRows(const Tensor& from_keys, const Tensor& from_values, const Tensor& keys, const Tensor& values,
            const Tensor& position, int64_t tokens)
       : B(keys.size(0)), H(keys.size(1)),
         L(std::min(std::min(from_keys.size(2), from_values.size(2)), std::min(keys.size(2), values.size(2)))),
-        tokens(tokens), from_keys(from_keys), from_values(from_values), keys(keys), values(values),
-        position((const int64_t*)position.const_data_ptr()), counter(position.dim() == 0) {}
+        tokens(tokens), from_keys(from_keys), from_values(from_values), keys(keys), values(values), places(position) {}
 
-  int64_t place(int64_t i) const { return counter ? *position + i : position[i]; }
-  void check() const {
-    for (int64_t i = 0; i < tokens; i++)
-      STD_TORCH_CHECK(place(i) >= 0 && place(i) < L, "copy_rows: index out of bounds: position ", place(i),
-                      " of a cache of ", L);
-  }
+  void check() const { places.check(tokens, L, "copy_rows"); }
   // Called by every thread of a team. Ends without a barrier.
   void run() const {
 #pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < B * H * tokens; task++) {
-      const int64_t b = task / (H * tokens), h = task / tokens % H, l = place(task % tokens);
+      const int64_t b = task / (H * tokens), h = task / tokens % H, l = places.at(task % tokens);
       std::memcpy(keys.at(b, h, l), from_keys.at(b, h, l), keys.bytes);
       std::memcpy(values.at(b, h, l), from_values.at(b, h, l), values.bytes);
     }
@@ -376,10 +377,10 @@ struct Chain {
         const auto weights = several(parts);
         const auto biases = several_or_none(parts);
         const Maybe none, &q_norm = whole ? *tensor++ : none;
-        link.attention = std::make_unique<AttentionBlock<T>>(B, Q, norm, number[0], weights, biases, q_norm, tensor[0], number[1], tensor[1],
-                               tensor[2], *tensor[3], *tensor[4], *tensor[5], whole ? tensor[6] : none,
-                               whole ? tensor[7] : none, causal, whole ? number[2] : 0, whole ? number[3] : 0,
-                               whole ? tensor[8] : none, whole ? tensor[9] : none);
+        link.attention = std::make_unique<AttentionBlock<T>>(
+            B, Q, norm, number[0], weights, biases, q_norm, tensor[0], number[1], tensor[1], tensor[2], *tensor[3],
+            *tensor[4], *tensor[5], whole ? tensor[6] : none, whole ? tensor[7] : none, causal, whole ? number[2] : 0,
+            whole ? number[3] : 0, whole ? tensor[8] : none, whole ? tensor[9] : none);
         tensor += whole ? 10 : 6;
         number += whole ? 4 : 2;
         sized(*link.attention);
