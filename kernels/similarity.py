@@ -13,6 +13,8 @@ from skipc.kernels.library import library
 from skipc.ir.gating import BATCH_RULES, BatchRule
 
 library.define("stream_moments(Tensor before, Tensor after) -> Tensor")
+library.define("reached(Tensor moments, float threshold, int rule, Tensor? valid) -> bool")
+RULE_CODES: dict[BatchRule, int] = {rule: i for i, rule in enumerate(BATCH_RULES)}
 _TINY = 1e-8  # norms below are taken for this, as torch's cosine_similarity does
 
 
@@ -80,13 +82,19 @@ def reached(found: torch.Tensor, threshold: float, rule: BatchRule, valid: torch
         rule: ``all`` tokens reach it, the ``majority`` does, or their ``mean``.
         valid: bool ``[...]``, False for padding; None if there is none. Without a valid token nothing is reached.
     """
+    if found.is_cpu and found.dtype == torch.float32 and found.is_contiguous():
+        return torch.ops.skipc.reached(found, threshold, RULE_CODES[rule], valid)  # type: ignore[no-any-return]
+    return _reached(found, threshold, RULE_CODES[rule], valid)
+
+
+def _reached(found: torch.Tensor, threshold: float, rule: int, valid: torch.Tensor | None) -> bool:
     cosines = cosine(found.double())[... if valid is None else valid]
     if cosines.numel() == 0:
         return False
-    if rule == "mean":
+    if BATCH_RULES[rule] == "mean":
         return bool(cosines.mean().float() >= torch.tensor(threshold))
     above = cosines.float() >= torch.tensor(threshold)
-    return bool(above.all()) if rule == "all" else bool(2 * above.sum() > above.numel())
+    return bool(above.all()) if BATCH_RULES[rule] == "all" else bool(2 * above.sum() > above.numel())
 
 
-RULE_CODES: dict[BatchRule, int] = {rule: i for i, rule in enumerate(BATCH_RULES)}
+library.impl("reached", _reached, "CompositeExplicitAutograd")

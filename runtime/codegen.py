@@ -108,10 +108,14 @@ def _step(spec: ProgramSpec, step: Step, index: int, gates: str | None = None) -
     for i, arm in enumerate(step.arms):
         test = f"{'if' if i == 0 else 'elif'} arm == {i}:"
         note = f"  # {'run' if i == 0 else 'without ' + ', '.join(sorted(arm.skipped)) + f' (kv={arm.kv})'}"
-        lines += [f"    {test}{note}", *(_arm(spec, arm, "        ") or ["        pass"])]
+        body = _arm(spec, arm, "        ")
+        if gates is not None and step.moments is not None and step.moments not in arm.outputs:
+            body.append(f"        {step.moments} = None")
+        lines += [f"    {test}{note}", *(body or ["        pass"])]
     if gates is not None and step.stream is not None:
         before, after = step.stream
-        lines.append(f"    {after} = {gates}.ran({index}, {before}, {after})")
+        measured = f", measured={step.moments}" if step.moments is not None else ""
+        lines.append(f"    {after} = {gates}.ran({index}, {before}, {after}{measured})")
     return lines
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from skipc.kernels.chain import Gates
 from skipc.kernels.similarity import cosine, moments, norm_ratio
+from skipc.runtime.buffers import Stock
 
 from skipc.ir.errors import PlanError
 from skipc.ir.gating import GateTable
@@ -31,6 +32,7 @@ class GatedSpec:
 
     def __init__(self, spec: ProgramSpec, kv: KVPolicy):
         self.spec, self.kv = spec, kv
+        self.stock = Stock()
         self.place = {site.name: i for i, site in enumerate(spec.sites)}
         self.sites = [tuple(self.place[name] for name in step.sites) for step in spec.steps]
         self.arms: list[dict[tuple[int, ...], int]] = []
@@ -91,12 +93,14 @@ class GatedCall:
         self.partly: dict[str, torch.Tensor] = {}
         self.adapted = False
         self._closed: dict[int, torch.Tensor] = {}  # bool [batch, tokens]: those that skip a site
-        self.skipped = table.skip.clone()
         self.moments: dict[tuple[int, ...], torch.Tensor] = {}
         self._before: dict[int, torch.Tensor] = {}
-        if 0 not in extent:
+        self._rows: dict[tuple[int, ...], torch.Tensor] = {}  # moments, as [sites, batch * tokens, 3]
+        if 0 in extent:
+            self.skipped = table.skip.clone()
+        else:
             # Before the program allocates: what outlives its values would tear holes in the heap.
-            self._block(extent, device)
+            self.skipped, self.moments[extent], self._rows[extent] = plan.stock.take(table, extent, device)
 
     # -- asked by the program -----------------------------------------------------------------------------------------
 
@@ -146,11 +150,16 @@ class GatedCall:
         return more
 
     def ran(
-        self, step: int, before: torch.Tensor, after: torch.Tensor, rows: torch.Tensor | None = None
+        self,
+        step: int,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        measured: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The step ran, between these points of the stream: take its similarity, and close the gates that it decides
         about. Returns ``after``, or where the step skips by scaling, that times the scale. ``rows``: the tokens that it
-        ran on, if not all."""
+        ran on, if not all; ``measured``: their moments, if its region took them."""
         sites, table = self.plan.sites[step], self.table
         for site in sites:
             if site in table.opens_spans:
@@ -161,7 +170,9 @@ class GatedCall:
             if not (table.measures or decides):
                 continue
             since = table.spans.get(site)
-            found = moments(before if since is None else self._before.get(since), after)
+            found = measured if since is None else None
+            if found is None:
+                found = moments(before if since is None else self._before.get(since), after)
             if found is None:
                 continue
             block = self._block(found.shape[:-1], found.device)
@@ -171,7 +182,7 @@ class GatedCall:
             if decides and self.table.rule == "gather":
                 self._close_tokens(site, cosine(found) >= self.table.threshold[site])
             elif decides:
-                self._gates(block).note(site, found.flatten(0, -2))
+                self._gates(found.shape[:-1]).note(site, found.flatten(0, -2))
         for site in sites:
             self._before.pop(table.ends_spans.get(site, -1), None)  # large, and of no more use
         if not running and sites[0] in table.factors_by_number:
@@ -187,7 +198,9 @@ class GatedCall:
 
     def gates(self, x: torch.Tensor) -> Gates:
         """For a chain that is entered with ``x``, ``[..., width]``."""
-        return self._gates(self._block(x.shape[:-1], x.device))
+        shape = x.shape[:-1]
+        self._block(shape, x.device)
+        return self._gates(shape)
 
     def _close_tokens(self, site: int, reached: torch.Tensor) -> None:
         for other in self.table.closes[site].nonzero().flatten().tolist():
@@ -197,13 +210,14 @@ class GatedCall:
     def _block(self, shape: tuple[int, ...], device: torch.device | None) -> torch.Tensor:
         if shape not in self.moments:
             self.moments[shape] = torch.full((len(self.skipped), *shape, 3), torch.nan, device=device)
+            self._rows[shape] = self.moments[shape].flatten(1, -2)
         return self.moments[shape]
 
-    def _gates(self, block: torch.Tensor) -> Gates:
+    def _gates(self, shape: tuple[int, ...]) -> Gates:
         valid = self.valid
         if valid is not None:
-            valid = valid.flatten() if valid.shape == block.shape[1:-1] else None
-        return Gates(self.table, self.skipped, block.flatten(1, -2), valid)
+            valid = valid.flatten() if valid.shape == shape else None
+        return Gates(self.table, self.skipped, self._rows[shape], valid)
 
 
 class Router(Protocol):
@@ -220,15 +234,20 @@ class Observation:
 
     Attributes:
         table: the gates that it was given.
-        skipped: names of the sites that it skipped.
+        flags: bool ``[sites]``: those that it skipped; None if these are the table's.
         blocks: moments, see :class:`GatedCall`.
         valid: bool ``[batch, tokens]``, False for padding; None if there is none.
     """
 
     table: GateTable
-    skipped: frozenset[str]
+    flags: torch.Tensor | None = None
     blocks: tuple[torch.Tensor, ...] = ()
     valid: torch.Tensor | None = None
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        """Names of the sites that it skipped."""
+        return self.table.skipped if self.flags is None else self.table.names_of(self.flags)
 
     def cosines(self) -> list[torch.Tensor]:
         """Similarities, for each shape of stream: fp32 ``[sites, batch, tokens]``, NaN for padding, and for sites that

@@ -71,6 +71,7 @@ class Program:
         self._gated: dict[KVPolicy, GatedSpec] = {}
         self._sites_of_chains: dict[KVPolicy, list[frozenset[int]]] = {}
         self._plans: dict[tuple[frozenset[str], KVPolicy], Arms] = {}
+        self._device: torch.device | None = None
 
     def _chains(self, selection: Selection) -> list[Chain]:
         return gated_chains_of(self.spec, selection) if isinstance(selection, str) else chains_of(self.spec, selection)
@@ -114,6 +115,12 @@ class Program:
     def parameters_of(self, inputs: Sequence[Any]) -> list[int]:
         """Identities of the parameters and buffers in a call: which instance of the model it is."""
         return [id(inputs[i]) for i in self.spec.parameters]
+
+    def device_of(self, inputs: Sequence[Any]) -> torch.device | None:
+        """Where a call runs: compiled code stays on its device."""
+        if self._device is None:
+            self._device = next((t.device for t in inputs if isinstance(t, torch.Tensor)), None)
+        return self._device
 
     def extent(self, inputs: Sequence[Any]) -> tuple[int, int]:
         """Batch and tokens of a call; 0 where the program cannot tell."""
@@ -249,7 +256,8 @@ class Program:
                 if rows is not None:
                     made = some if some is not None else scope[after][rows]
                     scope[after] = gates.blend(i, rows, scope[before], made)
-                scope[after] = gates.ran(i, scope[before], scope[after], rows)
+                measured = scope.get(step.moments) if step.moments is not None else None
+                scope[after] = gates.ran(i, scope[before], scope[after], rows, measured)
             if streams is not None:
                 points = [scope[n] for n in step.stream or ()]
                 streams.append(tuple((t, 0 if t.is_inference() else t._version) for t in points))

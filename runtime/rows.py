@@ -46,7 +46,7 @@ def gathered(
         few[i] = few[i].flatten(0, 1)[chosen].unflatten(0, (batch, tokens))
     for i, which in gather.sizes:
         few[i] = (batch, tokens)[which]
-    (made,) = region(few)
+    made, *_ = region(few)
     return made.flatten(0, 1)[:count]  # type: ignore[no-any-return]
 
 

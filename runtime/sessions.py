@@ -18,17 +18,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 
 import torch
+from skipc.runtime.gating import Observation
 from skipc.runtime.policies.base import Phase, Policy
 from skipc.runtime.policies.static import Static
 from skipc.runtime.steering import Steering
 
 from skipc.ir.errors import FallbackError, SessionError, SessionThreadError, UnknownSiteError
+from skipc.ir.gating import GateTable
 from skipc.ir.program import KVPolicy
 from skipc.ir.route import Route
 
 if TYPE_CHECKING:
     from skipc.runtime.gating import GatedCall
     from skipc.runtime.program import Arms, Measurement, Program
+
+_MOST_UNCOUNTED = 64
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,6 +111,7 @@ class Session:
         self.measuring = measure
         self.parameters = _parameters(model)
         self._counts: Counter[tuple[Program, Arms | frozenset[str]]] = Counter()  # by arms, or by what was skipped
+        self._uncounted: list[tuple[Program, GateTable, torch.Tensor | None]] = []  # to be: see Observation
         self._measured: list[Measurement] = []
         self._compilations = 0
         self._backfilled = 0
@@ -136,7 +141,7 @@ class Session:
             self._compilations = compilations(self.parameters) - self._compilations
         if kind is not None:
             return
-        if not self._counts:
+        if not self.calls:
             warnings.warn("this session saw no call of a compiled model: nothing was skipped", stacklevel=2)
         elif self._unreached:
             raise SessionError(f"never reached, so never skipped: {', '.join(sorted(self._unreached))}")
@@ -207,8 +212,16 @@ class Session:
         with self._lock:  # a policy sees one call after the other
             call, table, how = steering.choose(program, inputs, kv)
             outputs = program.run(inputs, how) if run is None else run(how)
-            self._counts[program, steering.ran(call, table, program, how, kv)] += 1
+            seen = steering.ran(call, table, program, how, kv)
+            self._uncounted.append((program, table, seen.flags))
+            if len(self._uncounted) >= _MOST_UNCOUNTED:
+                self._count()
         return outputs
+
+    def _count(self) -> None:
+        """Fold calls into the counts. (Not one by one: names take longer than all else that a decode step asks for.)"""
+        waiting, self._uncounted = self._uncounted, []
+        self._counts.update((program, Observation(table, flags).skipped) for program, table, flags in waiting)
 
     @property
     def phase(self) -> Phase | None:
@@ -261,7 +274,7 @@ class Session:
     @property
     def calls(self) -> int:
         """How many compiled calls the session saw."""
-        return sum(self._counts.values())
+        return sum(self._counts.values()) + len(self._uncounted)
 
     def stats(self) -> SessionStats:
         """Counts of what ran and what was skipped, by site."""
@@ -269,6 +282,7 @@ class Session:
         now = compilations(self.parameters) - self._compilations if self in _open else self._compilations
         stats.recompiles = now
         with self._lock:
+            self._count()
             counts, measured = dict(self._counts), list(self._measured)
         for (program, how), count in counts.items():
             skipped = how if isinstance(how, frozenset) else program.skipped_by(how)

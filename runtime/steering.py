@@ -111,8 +111,8 @@ class Steering:
             return call, table, program.arms_for(table.skipped, kv)
         valid = None if self.mask is None else self._valid(call, self.mask)
         router = self._router(call) if table.routed else None
-        device = next((t.device for t in inputs if isinstance(t, torch.Tensor)), None)
-        return call, table, GatedCall(program.gated(kv), table, valid, (batch, tokens), device, router)
+        gated = GatedCall(program.gated(kv), table, valid, (batch, tokens), program.device_of(inputs), router)
+        return call, table, gated
 
     @property
     def missing(self) -> int:
@@ -145,34 +145,32 @@ class Steering:
         runs = any(name in table.sites and name not in table.skipped for name in self._missing)
         return min(self._missing.values()) if runs else None
 
-    def ran(
-        self, call: Call, table: GateTable, program: Program, how: Arms | GatedCall, kv: KVPolicy
-    ) -> frozenset[str]:
-        """The call has run, under ``kv``: the sites that it skipped."""
+    def ran(self, call: Call, table: GateTable, program: Program, how: Arms | GatedCall, kv: KVPolicy) -> Observation:
+        """The call has run, under ``kv``: what came of it."""
         self._positions[program.site_names] = call.position + call.tokens
         self._last = call
         self._step += 1
         if isinstance(how, GatedCall):
-            skipped = table.names_of(how.skipped) if table.deciding or table.routed else table.skipped
-            seen = Observation(table, skipped, tuple(how.moments.values()), how.valid)
+            flags = how.skipped if table.deciding or table.routed else None
+            seen = Observation(table, flags, tuple(how.moments.values()), how.valid)
             self.statistics.add(seen)
         else:
-            skipped = table.skipped
-            seen = Observation(table, skipped)
+            seen = Observation(table)
         if kv == "backfill":
             self.fills = True
-            for name in skipped.intersection(s.name for s in call.sites if s.effects):
+            for name in seen.skipped.intersection(s.name for s in call.sites if s.effects):
                 self._missing.setdefault(name, call.position)
         if self.replayed is None:
             self.policy.observe(call, seen)
         if self.route is not None:
             partly = how.partly if isinstance(how, GatedCall) else {}
+            skipped = seen.skipped
             scale = {n: f for n, f in table.factors.items() if n in skipped or n in partly}
             tokens = {n: ["".join("01"[t] for t in row) for row in rows.tolist()] for n, rows in partly.items()}
             adapted = isinstance(how, GatedCall) and how.adapted
             self.route.steps.append(RouteStep(skipped, scale, tokens, adapted, self._again))
             self._again = 0
-        return skipped
+        return seen
 
     def _replay(self, call: Call, route: Route) -> GateTable:
         if self._step >= len(route):

@@ -4,6 +4,7 @@
 #include <variant>
 
 #include "attention.h"
+#include "gates.h"
 #include "linear.h"
 
 namespace skipc {
@@ -219,70 +220,6 @@ void copy_rows(const Tensor& from_keys, const Tensor& from_values, const Tensor&
   rows.run();
 }
 
-// The gates of one call: which sites are skipped, and when a similarity skips more. Semantics: kernels/chain.py, Gates.
-struct Gates {
-  int64_t sites = 0, rows = 0, rule = 0;
-  uint8_t* skipped = nullptr;         // [sites], both given and returned
-  const float* threshold = nullptr;   // [sites]
-  const uint8_t* closes = nullptr;    // [sites, sites]
-  const float* scale = nullptr;       // [sites]
-  const int64_t* since = nullptr;     // [sites]
-  float* moments = nullptr;           // [sites, rows, 3]
-  const uint8_t* valid = nullptr;     // [rows]; nullptr: all
-
-  bool measures = false;              // sites that decide nothing too
-
-  Gates(const std::vector<Tensor>& given, int64_t rule) : rule(rule % 4), measures(rule >= 4) {
-    if (given.empty()) return;
-    sites = given[0].size(0);
-    rows = given[5].size(1);
-    skipped = (uint8_t*)given[0].mutable_data_ptr();
-    threshold = (const float*)given[1].const_data_ptr();
-    closes = (const uint8_t*)given[2].const_data_ptr();
-    scale = (const float*)given[3].const_data_ptr();
-    since = (const int64_t*)given[4].const_data_ptr();
-    moments = (float*)given[5].mutable_data_ptr();
-    if (given.size() > 6) valid = (const uint8_t*)given[6].const_data_ptr();
-  }
-
-  // Whether the rows, taken together, are similar enough to close gates.
-  bool reached(int64_t site, const float* of_rows) const {
-    int64_t count = 0, above = 0;
-    double total = 0;
-    for (int64_t r = 0; r < rows; r++) {
-      if (valid && !valid[r]) continue;
-      const float* m = of_rows + 3 * r;
-      const double cosine = m[0] / std::max(std::sqrt(double(m[1])) * std::sqrt(double(m[2])), 1e-8);
-      count++;
-      above += float(cosine) >= threshold[site];
-      total += cosine;
-    }
-    if (count == 0) return false;
-    if (rule == 0) return above == count;
-    return rule == 1 ? 2 * above > count : float(total / count) >= threshold[site];
-  }
-};
-
-// Scalar product and squares of two rows, in fp32.
-template <typename T>
-void moments_of(const T* x, const T* y, int64_t width, float* out) {
-  vec sums_of[3] = {};
-  int64_t i = 0;
-  for (; i + W <= width; i += W) {
-    const vec a = load(x + i), b = load(y + i);
-    sums_of[0] += a * b;
-    sums_of[1] += a * a;
-    sums_of[2] += b * b;
-  }
-  sums<3>(sums_of, out);
-  for (; i < width; i++) {
-    const float a = widen(x[i]), b = widen(y[i]);
-    out[0] += a * b;
-    out[1] += a * a;
-    out[2] += b * b;
-  }
-}
-
 // Sublayers one after the other in one parallel region: what lies between two calls is one meeting of the threads.
 // `code` holds for each link its kind, whose output it reads and adds (-1: the entry; -2: nothing), and its own numbers.
 template <typename T>
@@ -415,6 +352,7 @@ struct Chain {
     const bool first = omp_get_thread_num() == 0;
     std::vector<T*> own;
     std::vector<uint8_t> skipped(gates.skipped, gates.skipped + gates.sites);
+    std::vector<float> found(gates.sites ? 3 * rows : 0);
     if (gates.sites) own = streams;
     T** const stream = gates.sites ? own.data() : streams.data();
     for (const Link& link : links) {
@@ -424,11 +362,8 @@ struct Chain {
         continue;  // nothing later in the chain reads it
       }
       if (link.kind == MEASURE) {
-        if (std::isfinite(gates.threshold[link.site]))
-          decide(gates, link, stream, entry_width, rows, skipped);
-        else if (gates.measures && omp_get_thread_num() == link.site % omp_get_num_threads())
-          measure(gates, link, stream, entry_width, rows, gates.moments + link.site * rows * 3);
-        continue;
+        if (gates.decides(link.site)) decide(gates, link, stream, entry_width, rows, found.data(), skipped);
+        continue;  // the others are measured at the end, where no thread waits for another
       }
       if (link.kind == PASS) {
         const float scale = gates.scale[link.site];
@@ -453,6 +388,10 @@ struct Chain {
 #pragma omp barrier
     }
     if (!gates.sites) return;
+    for (const Link& link : links)
+      if (link.kind == MEASURE && gates.measures && !gates.decides(link.site) && !skipped[link.site] &&
+          omp_get_thread_num() == link.site % omp_get_num_threads())
+        measure(gates, link, stream, entry_width, rows, gates.moments + link.site * rows * 3);
     if (first) {
       skipped_after = skipped;
       if (T* const last = own.back(); last != result) std::memcpy(result, last, rows * entry_width * sizeof(T));
@@ -465,12 +404,11 @@ struct Chain {
   }
 
   // Every thread measures for itself, which takes less time than telling the others.
-  void decide(const Gates& gates, const Link& link, T* const* stream, int64_t width, int64_t rows,
+  void decide(const Gates& gates, const Link& link, T* const* stream, int64_t width, int64_t rows, float* found,
               std::vector<uint8_t>& skipped) const {
-    std::vector<float> found(3 * rows);
-    measure(gates, link, stream, width, rows, found.data());
-    if (omp_get_thread_num() == 0) std::copy(found.begin(), found.end(), gates.moments + link.site * rows * 3);
-    if (!gates.reached(link.site, found.data())) return;
+    measure(gates, link, stream, width, rows, found);
+    if (omp_get_thread_num() == 0) std::copy_n(found, 3 * rows, gates.moments + link.site * rows * 3);
+    if (!gates.reached(link.site, found)) return;
     const uint8_t* closes = gates.closes + link.site * gates.sites;
     for (int64_t s = link.site + 1; s < gates.sites; s++) skipped[s] |= closes[s];
   }
@@ -573,22 +511,6 @@ Tensor call_chain(int64_t handle, const Tensor& x, const std::vector<Tensor>& gi
   return ((Bound*)handle)->call(x, given, trusted, Gates(gates, rule));
 }
 
-// See kernels/similarity.py.
-Tensor stream_moments(const Tensor& before, const Tensor& after) {
-  STD_TORCH_CHECK(before.is_contiguous() && after.is_contiguous(), "stream_moments: streams must be contiguous");
-  const int64_t width = before.size(before.dim() - 1), rows = rows_of(before);
-  Tensor made = empty(sizes_like(before, 3), ScalarType::Float);
-  float* const to = (float*)made.mutable_data_ptr();
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    const T *x = (const T*)before.const_data_ptr(), *y = (const T*)after.const_data_ptr();
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows * width))
-    for (int64_t r = 0; r < rows; r++) moments_of(x + r * width, y + r * width, width, to + 3 * r);
-  };
-  before.scalar_type() == ScalarType::Float ? run(float()) : run(bf16());
-  return made;
-}
-
 STABLE_TORCH_LIBRARY_IMPL(skipc, CPU, m) {
   m.impl("attention_block", TORCH_BOX(&attention_block));
   m.impl("cache_block", TORCH_BOX(&cache_block));
@@ -596,7 +518,6 @@ STABLE_TORCH_LIBRARY_IMPL(skipc, CPU, m) {
   m.impl("chain", TORCH_BOX(&chain));
   m.impl("bind_chain", TORCH_BOX(&bind_chain));
   m.impl("call_chain", TORCH_BOX(&call_chain));
-  m.impl("stream_moments", TORCH_BOX(&stream_moments));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skipc, CompositeExplicitAutograd, m) { m.impl("free_chain", TORCH_BOX(&free_chain)); }

@@ -143,4 +143,19 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return empty(sizes, strides, dtype);
 }
 
+// Rows of a contiguous tensor, and its sizes with another last one.
+inline int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) rows *= x.size(i);
+  return rows;
+}
+inline std::vector<int64_t> sizes_like(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) sizes.push_back(x.size(i));
+  sizes.push_back(last);
+  return sizes;
+}
+
+inline int threads_for(int64_t elements) { return elements < 16384 ? 1 : omp_get_max_threads(); }
+
 }  // namespace skipc

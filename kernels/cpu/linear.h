@@ -131,8 +131,6 @@ inline void share(int64_t total, Body body) {
     body(b * BLOCK, std::min<int64_t>(BLOCK, total - b * BLOCK));
 }
 
-inline int threads_for(int64_t elements) { return elements < 16384 ? 1 : omp_get_max_threads(); }
-
 template <typename T>
 const T* pointer(const std::optional<Tensor>& t) {
   return t.has_value() ? (const T*)t->const_data_ptr() : nullptr;
@@ -260,18 +258,5 @@ struct GatedMLP {
     });
   }
 };
-
-// Rows of a contiguous tensor, and its sizes with another last one.
-inline int64_t rows_of(const Tensor& x) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); i++) rows *= x.size(i);
-  return rows;
-}
-inline std::vector<int64_t> sizes_like(const Tensor& x, int64_t last) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i + 1 < x.dim(); i++) sizes.push_back(x.size(i));
-  sizes.push_back(last);
-  return sizes;
-}
 
 }  // namespace skipc

@@ -32,7 +32,8 @@ def gather_of(
     """
     run = step.arms[0]
     wise = [kind in (SiteKind.MLP, SiteKind.MOE) for kind in kinds] == [True]
-    if not (wise and step.scalable) or stream is None or len(run.outputs) != 1 or run.copies:
+    results = [name for name in run.outputs if name != step.moments]
+    if not (wise and step.scalable) or stream is None or len(results) != 1 or run.copies:
         return None
     tokens: list[int] = []
     sizes: list[tuple[int, int]] = []

@@ -23,6 +23,7 @@ from skipc.passes.fx_edit import copy_graph, fake_mode_of
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
 from skipc.passes.lowering.compaction import gather_of, live_of, queries_of, with_guards
 from skipc.passes.lowering.inductor import Compiled, compile_region, overlapped_builds
+from skipc.passes.lowering.measuring import measure, points_of
 from skipc.passes.lowering.regions import Region, as_it_is
 from skipc.passes.lowering.structure import structure_of, translate
 from skipc.passes.manager import PassManager
@@ -54,6 +55,7 @@ class Outline:
         self._by_structure: dict[str, int] = {}
         self._symbols_of_call: list[tuple[int, list[sympy.Symbol]]] = []
         self._symbols_of_queries: dict[str, list[sympy.Symbol]] = {}
+        self._moments: set[str] = set()  # names of variables
         sites = self._sites()  # before regions are made of the arms' graphs, and rewritten
         steps = self._steps()
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -108,13 +110,17 @@ class Outline:
     def _steps(self) -> list[Step]:
         steps = []
         for slot in self.partition.slots:
-            arms = tuple(self._arm(slot, a) for a in self.builder.arms(slot))
+            points = self._stream(slot)
+            stream = (self.names[points[0]], self.names[points[1]]) if points else None
+            run, *skip = self.builder.arms(slot)
+            arms = (self._arm(slot, run, measured=points), *(self._arm(slot, arm) for arm in skip))
             if arms[0].region is None and not arms[0].copies:
                 continue
             sites = tuple(t.name for t in slot.junction.terms) if slot.junction else ()
-            stream, scalable = self._stream(slot), self._scalable(slot)
+            scalable = self._scalable(slot)
             queries = self._queries(slot) if self.manager.ctx.config.compact_queries and scalable else None
-            steps.append(Step(slot.label, sites, arms, stream=stream, scalable=scalable, queries=queries))
+            moments = next((n for n in arms[0].outputs if n in self._moments), None)
+            steps.append(Step(slot.label, sites, arms, (), stream, scalable, moments, queries=queries))
         return steps
 
     def _queries(self, slot: Slot) -> Queries | None:
@@ -141,26 +147,32 @@ class Outline:
         add, escapes = slot.junction.add, self.builder.escapes(slot)
         return add in escapes and not any(e is not add and self.flow.depends(e, add) for e in escapes)
 
-    def _stream(self, slot: Slot) -> tuple[str, str] | None:
-        """The variables before and after the sites of ``slot``: their sum, or what a norm makes of it if only that is
-        seen outside."""
+    def _stream(self, slot: Slot) -> tuple[fx.Node, fx.Node] | None:
+        """The stream before and after the sites of ``slot``: their sum, or what a norm makes of it if only that is seen
+        outside."""
         if slot.junction is None or slot.entry is None or slot.entry.op == "get_attr":
             return None
         escapes = self.builder.escapes(slot)
         following = [s.entry for s in self.partition.slots[slot.index + 1 :]]
         after = next((n for n in (slot.junction.add, *following) if n in escapes), None)
-        return (self.names[slot.entry], self.names[after]) if after is not None else None
+        return (slot.entry, after) if after is not None else None
 
-    def _arm(self, slot: Slot, arm: ArmGraph, name: str = "") -> Arm:
-        region = None if arm.graph is None else self._region(slot, arm, name)
+    def _arm(self, slot: Slot, arm: ArmGraph, name: str = "", measured: tuple[fx.Node, fx.Node] | None = None) -> Arm:
+        """``arm`` by names. ``measured``: points of the stream whose moments it may return."""
+        points = points_of(arm, *measured, self.flow) if measured is not None and slot.junction else None
+        region = None if arm.graph is None else self._region(slot, arm, name, points)
         named: Callable[[fx.Node], str] = self.names.__getitem__
+        moments = []
+        if region is not None and points is not None and self.regions[region].measures:
+            moments.append(_unused(f"{named(arm.outputs[points[1]])}_moments", self._taken(), "_"))
+            self._moments.update(moments)
         return Arm(
             skipped=arm.skipped,
             kv=arm.kv,
             region=region,
             inputs=tuple(map(named, arm.inputs)),
             layouts=tuple(map(_layout, arm.inputs)),
-            outputs=tuple(map(named, arm.outputs)),
+            outputs=(*map(named, arm.outputs), *moments),
             copies=tuple((named(a), named(b)) for a, b in arm.copies),
             refused=arm.refused,
             late=region is not None and self.regions[region].interpreted and self._unseen(slot, arm),
@@ -183,10 +195,14 @@ class Outline:
             if place.get(n, -1) > slot.index or n.op == "output"
         )
 
-    def _region(self, slot: Slot, arm: ArmGraph, name: str = "") -> int:
-        """Index of the region for ``arm``: an equal one that exists, or a new one."""
+    def _taken(self) -> set[str]:
+        return {*self.names.values(), *self._moments, *(r.name for r in self.regions)}
+
+    def _region(self, slot: Slot, arm: ArmGraph, name: str, points: tuple[int, int] | None) -> int:
+        """Index of the region for ``arm``: an equal one that exists, or a new one. ``points``: see :func:`measure`."""
         assert arm.graph is not None
         key, symbols = structure_of(arm.graph, self.gm)
+        key += f"\nmoments of {points}"
         if (index := self._by_structure.get(key)) is not None:
             self.regions[index].calls += 1
             self._symbols_of_call.append((index, symbols))
@@ -199,15 +215,16 @@ class Outline:
             gone = "_".join(t.kind.value for t in slot.junction.terms if t.name in arm.skipped)
             kinds = f"{kinds}_without_{gone}" if kinds else f"{gone}_{_SKIPPED[arm.kv]}"
         base = name or kinds or slot.label
-        taken = {*self.names.values(), *(r.name for r in self.regions)}
         region = Region(
-            _unused(base, taken, "_"),
+            _unused(base, self._taken(), "_"),
             fx.GraphModule(self.gm, arm.graph),
             symbols,
             calls=1,
             rare=arm.kv == "copy",
         )
         self.manager.run_region(region.gm, region.name)
+        if points is not None:
+            measure(region, points)
         self.regions.append(region)
         self._by_structure[key] = len(self.regions) - 1
         return len(self.regions) - 1

@@ -22,7 +22,8 @@ _FREE = VIEWS | frozenset(["getitem", "expand", "transpose", "permute", "size", 
 
 @dataclass
 class Region:
-    """A distinct region: its graph and, once compiled, its function. ``rare``: it is called in few sessions."""
+    """A distinct region: its graph and, once compiled, its function. ``rare``: it is called in few sessions.
+    ``measures``: its last result are moments of the stream around it."""
 
     name: str
     gm: fx.GraphModule
@@ -32,6 +33,7 @@ class Region:
     function: Compiled | None = None
     seconds: float = 0.0
     rare: bool = False
+    measures: bool = False
 
     @cached_property
     def interpreted(self) -> bool:

@@ -147,5 +147,14 @@ class GateTable:
         return self.names_of(self.skip)
 
     def names_of(self, chosen: torch.Tensor) -> frozenset[str]:
-        """The names of the sites that are true in ``chosen``, bool ``[n]``."""
-        return frozenset(name for name, here in zip(self.sites, chosen.tolist(), strict=True) if here)
+        """The names of the sites that are true in ``chosen``, bool ``[n]``. (One object for equal answers, which most
+        calls get: hashing sixty names takes a while.)"""
+        flags = tuple(chosen.tolist())
+        if flags not in self._named:
+            self._named.clear()
+            self._named[flags] = frozenset(name for name, here in zip(self.sites, flags, strict=True) if here)
+        return self._named[flags]
+
+    @cached_property
+    def _named(self) -> dict[tuple[bool, ...], frozenset[str]]:
+        return {}

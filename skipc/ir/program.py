@@ -93,6 +93,7 @@ class Step:
     releases: tuple[str, ...] = ()  # variables that nobody reads after this step
     stream: tuple[str, str] | None = None  # the residual stream before and after the sites
     scalable: bool = False  # skipping may scale the stream: nothing else that leaves the step is made of the sum
+    moments: str | None = None  # variable of the first arm that receives the moments of the stream
     gather: Gather | None = None  # how to run on some tokens alone, if that is possible
     queries: Queries | None = None  # the same for an attention
     live: int | None = None  # of an attention kernel: which input says what keys the queries of each row may see
