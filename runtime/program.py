@@ -19,8 +19,10 @@ from skipc.runtime.gating import GatedCall, GatedSpec
 from skipc.runtime.huge_pages import back_with_huge_pages
 from skipc.runtime.replay import note_call
 from skipc.runtime.rows import gathered, queried, unseen
+from skipc.runtime.variants import Variants
 
 from skipc.ir.errors import PassError
+from skipc.ir.plan import Plan
 from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Size, Step, Var
 
 _MAX_BOUND = 256  # plans that a program keeps ready
@@ -58,12 +60,14 @@ class Program:
         default_kv: KVPolicy = "project",
         partial: str | None = None,
         huge_pages: bool = False,
+        compile_for: Callable[[dict[str, tuple[int, ...]]], Program] | None = None,
     ):
         self.spec = spec
         self.functions = tuple(functions)
         self.default_kv = default_kv
         self.partial = partial  # why this graph is not the whole model, if so
         self.huge_pages = huge_pages
+        self.variants = Variants(self, compile_for)
         self.exact: Arms = (0,) * len(spec.steps)
         self.site_names = frozenset(s.name for s in spec.sites)
         self._bound: dict[Selection, Callable[..., tuple[Any, ...]]] = {}
@@ -273,16 +277,25 @@ class Repeated:
         self.program, self.inputs = program, inputs
         self._parameters = program.parameters_of(inputs)
         self._steps: dict[Selection, BoundProgram] = {}
+        self._under: weakref.WeakKeyDictionary[Plan, Repeated] = weakref.WeakKeyDictionary()
         self._checked: set[Selection] = set()  # plans that have looked at the inputs since they may have changed
 
     def __call__(self, trusted: bool) -> tuple[Any, ...]:
         """The next outputs. ``trusted``: no code that could have moved or resized an input has run since the last."""
         if not trusted:
             self._checked.clear()
+            for other in self._under.values():
+                other._checked.clear()
         session = sessions.session_for(self._parameters) if sessions.any_open() else None
-        return self._run(self.program.exact) if session is None else session.call(self.program, self.inputs, self._run)
+        return self.run(self.program.exact) if session is None else session.call(self.program, self.inputs, self)
 
-    def _run(self, how: Arms | GatedCall) -> tuple[Any, ...]:
+    def under(self, plan: Plan, program: Program, inputs: Sequence[Any]) -> Repeated:
+        """The same for the weights of a plan: ``program`` is compiled for them, and ``inputs`` hold them."""
+        if plan not in self._under:
+            self._under[plan] = program.repeated(inputs)
+        return self._under[plan]
+
+    def run(self, how: Arms | GatedCall) -> tuple[Any, ...]:
         program, selection = self.program, _selection(how)
         step = self._steps.get(selection)
         if isinstance(how, GatedCall) and not program.joins(how):

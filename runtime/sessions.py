@@ -23,14 +23,15 @@ from skipc.runtime.policies.base import Phase, Policy
 from skipc.runtime.policies.static import Static
 from skipc.runtime.steering import Steering
 
-from skipc.ir.errors import FallbackError, SessionError, SessionThreadError, UnknownSiteError
+from skipc.ir.errors import FallbackError, PlanError, SessionError, SessionThreadError, UnknownSiteError, nearest
 from skipc.ir.gating import GateTable
+from skipc.ir.plan import Plan
 from skipc.ir.program import KVPolicy
 from skipc.ir.route import Route
 
 if TYPE_CHECKING:
     from skipc.runtime.gating import GatedCall
-    from skipc.runtime.program import Arms, Measurement, Program
+    from skipc.runtime.program import Arms, Measurement, Program, Repeated
 
 _MOST_UNCOUNTED = 64
 
@@ -74,6 +75,8 @@ class Session:
             It is copied: its memory belongs to this session.
         record: keep what each call did as :attr:`route`.
         route: do what a recorded route says, call by call.
+        plan: sites to skip, and weights to run with in the place of the model's. It goes with all of the above, where
+            it skips nothing.
 
     Raises:
         UnknownSiteError: for a name that the model has no site of.
@@ -90,6 +93,7 @@ class Session:
         policy: Policy | None = None,
         record: bool = False,
         route: Route | None = None,
+        plan: Plan | None = None,
     ):
         if isinstance(skip, str):
             raise TypeError("skip is a collection of site names, not one string")
@@ -99,6 +103,10 @@ class Session:
             raise TypeError(f"policy is a skipc.Policy, not {type(policy).__name__}")
         self.model = model
         self.skip = frozenset(skip)
+        self.plan = plan
+        if plan is not None:
+            self._check_plan(plan)
+            self.skip |= plan.skip
         if policy is not None and route is not None:
             raise SessionError("a session follows either a policy or a route")
         if (self.skip or measure) and (policy is not None or route is not None):
@@ -181,11 +189,15 @@ class Session:
         self,
         program: Program,
         inputs: Sequence[Any],
-        run: Callable[[Arms | GatedCall], tuple[Any, ...]] | None = None,
+        repeated: Repeated | None = None,
     ) -> tuple[Any, ...]:
-        """Run ``program`` as this session asks; by ``run``, which takes the arms or gates, if that is given."""
+        """Run ``program`` as this session asks; by ``repeated``, if that is given."""
         if program.partial and (self.skip or self.steering is not None):
             raise FallbackError(f"a session cannot skip in a model with graph breaks: {program.partial}")
+        if self.plan is not None and self.plan.weights:
+            program, inputs = program.variants.under(self.plan, inputs)
+            repeated = repeated.under(self.plan, program, inputs) if repeated is not None else None
+        run = repeated.run if repeated is not None else None
         if self.skip and program not in self._checked:
             self._check(program, inputs)
         kv = self.kv or program.default_kv
@@ -317,6 +329,17 @@ class Session:
                 raise FallbackError(f"{name} was compiled apart from the model, behind a graph break")
         self._unreached -= program.site_names
         self._checked.add(program)
+
+    def _check_plan(self, plan: Plan) -> None:
+        """Refuse weights for parameters that the model does not have."""
+        known = dict(self.model.named_parameters(remove_duplicate=False)) if self.model is not None else {}
+        for name in plan.weights if known else ():
+            if name not in known:
+                close = nearest(name, known)
+                raise PlanError(
+                    f"the plan has a weight for {name}, which the model does not have"
+                    + (f" (did you mean {close[0]}?)" if close else "")
+                )
 
     def _check_names(self, known: Iterable[str]) -> None:
         """Refuse names that are neither sites nor modules. (A module may be a site of a graph that is not compiled yet:

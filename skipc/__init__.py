@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         VersionError,
     )
     from skipc.ir.gating import GateTable
+    from skipc.ir.plan import Plan
     from skipc.ir.route import Route
     from skipc.ir.site import Reason, Rejection, Site, SiteKind, SiteReport
     from skipc.model import CompiledModel, compile, session
@@ -61,6 +62,7 @@ _HOME = {
     "skipc.packaging": ["package"],
     "skipc.runtime.generation": ["generate"],
     "skipc.ir.gating": ["GateTable"],
+    "skipc.ir.plan": ["Plan"],
     "skipc.ir.route": ["Route"],
     "skipc.runtime.policies": [
         "AdaSkip", "Call", "EarlyExit", "FFNSkip", "Lagged", "Observe", "Policy", "PredictionExit", "Routed",
@@ -72,11 +74,11 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AdaSkip", "AlreadyCompiledError", "Call", "CompiledModel", "Config", "ConfigError", "EarlyExit", "Explanation",
-    "FFNSkip", "FallbackError", "GateTable", "Lagged", "NoResidualStreamError", "Observe", "PassError", "PlanError",
-    "Policy", "PredictionExit", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError", "SessionStats",
-    "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified",
-    "UnknownSiteError", "VersionError", "Worthwhile", "compile", "explain", "find_sites", "generate", "list_options",
-    "package", "session",
+    "FFNSkip", "FallbackError", "GateTable", "Lagged", "NoResidualStreamError", "Observe", "PassError", "Plan",
+    "PlanError", "Policy", "PredictionExit", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError",
+    "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static",
+    "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "compile", "explain", "find_sites", "generate",
+    "list_options", "package", "session",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from skipc.passes.lowering.whole import lower_cond, lower_static
 from skipc.passes.manager import PassManager
 from skipc.passes.ops import is_parameter_like, is_random, op_name, switches_autocast_off, tensors
 from skipc.passes.pipeline import REGION_PIPELINE
+from skipc.passes.substitute_weights import substitute_weights
 from skipc.runtime import sessions
 from skipc.runtime.graph_program import CondProgram, StaticProgram
 from skipc.runtime.program import Fallback, Program
@@ -107,7 +108,12 @@ def build_program(gm: fx.GraphModule, config: Config) -> Program:
     if config.lowering == "outline":
         outline, _ = build_outline(gm, config)
         functions = outline.compile(config)
-        return Program(outline.spec, functions, config.kv, partial, config.huge_pages)
+        kept = copy_graph(gm)  # Dynamo strips its own
+
+        def compile_for(shapes: Mapping[str, tuple[int, ...]]) -> Program:
+            return build_program(substitute_weights(kept, shapes), config)
+
+        return Program(outline.spec, functions, config.kv, partial, config.huge_pages, compile_for)
     # What stays with Inductor as a whole keeps to torch's own operations: no kernels for regions.
     outline, manager = build_outline(gm, config, region_passes=())
     assert manager.ctx.streams is not None

@@ -15,6 +15,7 @@ from skipc.backend import skipc as backend
 from skipc.dynamo import compile_isolated
 from skipc.ir.config import Config
 from skipc.ir.errors import AlreadyCompiledError, ConfigError, FallbackError
+from skipc.ir.plan import Plan
 from skipc.ir.program import KVPolicy
 from skipc.ir.route import Route
 from skipc.runtime import sessions
@@ -83,9 +84,10 @@ class CompiledModel:
         policy: Policy | None = None,
         record: bool = False,
         route: Route | None = None,
+        plan: Plan | None = None,
     ) -> Session:
         """Open a session; see :class:`skipc.Session`. Use it in a ``with`` statement."""
-        return Session(self.model, skip, kv, measure, policy, record, route)
+        return Session(self.model, skip, kv, measure, policy, record, route, plan)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate`` (Hugging Face), with prefill and decode compiled."""

@@ -30,6 +30,7 @@ from skipc.passes.manager import PassManager
 from skipc.passes.ops import is_parameter_like, tensor, tensors
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams
+from skipc.passes.substitute_weights import weight_name
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -68,6 +69,7 @@ class Outline:
             outputs=tuple(self._output(v) for v in output.args[0]),  # type: ignore[union-attr]
             sites=sites,
             parameters=tuple(i for i, n in enumerate(placeholders) if is_parameter_like(n)),
+            weights=tuple((name, i) for i, n in enumerate(placeholders) if (name := weight_name(n)) is not None),
             exposed=self._exposed(streams, output),
             extent=self._extent(streams, placeholders),
         )

@@ -148,6 +148,7 @@ class ProgramSpec:
     outputs: tuple[Any, ...]  # variable names (as Var) or constants
     sites: tuple[Site, ...]
     parameters: tuple[int, ...]  # positions of the model's parameters among the inputs
+    weights: tuple[tuple[str, int], ...] = ()  # names of parameters in the model, and their positions
     exposed: tuple[int, ...] = ()  # outputs that are points of a stream: a skip may make them one tensor
     extent: tuple[Size, Size] = (None, None)  # of the stream: batch and tokens
     regions: tuple[RegionInfo, ...] = field(default=())
