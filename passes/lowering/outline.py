@@ -20,6 +20,7 @@ import sympy
 import torch
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import copy_graph, fake_mode_of
+from skipc.passes.hidden_layers import hidden_layer
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
 from skipc.passes.lowering.compaction import gather_of, live_of, queries_of, with_guards
 from skipc.passes.lowering.inductor import Compiled, compile_region, overlapped_builds
@@ -249,6 +250,7 @@ class Outline:
                         effect_nodes=slice_size,
                         effects=tuple(map(_written_name, writes)),
                         returned=len(returned),
+                        hidden=hidden_layer(term.branch) if term.kind is SiteKind.MLP else None,
                     )
                 )
         return tuple(sites)

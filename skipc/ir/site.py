@@ -62,6 +62,22 @@ _REASON_TEXT = {
 
 
 @dataclass(frozen=True)
+class HiddenLayer:
+    """The neurons of an MLP, and the parameters that hold something of each of them.
+
+    Attributes:
+        width: how many there are.
+        rows: names of parameters with a row (or a number) for each neuron, and how many such stretches follow one
+            another in it: 2 where one layer makes both halves of a gated MLP.
+        columns: name of the weight with a column for each neuron.
+    """
+
+    width: int
+    rows: tuple[tuple[str, int], ...]
+    columns: str
+
+
+@dataclass(frozen=True)
 class Site:
     """One skippable sublayer.
 
@@ -77,6 +93,7 @@ class Site:
     effect_nodes: int  # operations that a skipped site still runs under kv="project"
     effects: tuple[str, ...]  # cache inputs that the site writes in place
     returned: int  # values of the site that the caller keeps (growing caches)
+    hidden: HiddenLayer | None = None  # of an MLP of plain linear layers
 
 
 @dataclass(frozen=True)

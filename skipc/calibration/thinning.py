@@ -1,0 +1,202 @@
+"""Narrower MLPs: which neurons to keep, and what the layer behind them makes of those.
+
+Neurons leave one by one. Taking neuron ``j`` out of a hidden layer with second moments ``H`` (over tokens) and
+correcting the others' columns of the next layer ``W`` for it, as well as a linear map can, costs
+``|W_j|^2 / (H^-1)_jj``; the cheapest leaves, and ``W`` and ``H^-1`` are corrected (Optimal Brain Surgeon, Hassibi and
+Stork 1993; by whole structures, as in ZipLM, arXiv 2302.04089, section 3.1). The order is that of all widths at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from skipc.calibration.batches import Batch, call_on
+from skipc.ir.errors import PlanError, UnknownSiteError
+from skipc.ir.plan import Plan
+from skipc.ir.site import HiddenLayer, Site
+
+_STRETCH = 64  # neurons that leave before matrices shrink
+
+
+class SecondMoments:
+    """Sums of ``h h'`` over tokens, of the neurons of some hidden layers: streamed, in fp32 ``[width, width]`` each.
+
+    A token counts for as much as the layer's output is small beside it: a few tokens with huge activations (the first
+    of a text, in most language models) would otherwise be all that is fitted.
+    """
+
+    def __init__(self, layers: Mapping[str, HiddenLayer]):
+        self.layers = dict(layers)
+        self.sums: dict[str, torch.Tensor] = {}
+        self.tokens = 0
+
+    @torch.no_grad()
+    def add(self, model: torch.nn.Module, batch: Batch, weights: Mapping[str, torch.Tensor]) -> None:
+        """Run ``model`` with ``weights`` in the place of its own on one batch."""
+        handles = [
+            model.get_submodule(layer.columns.rpartition(".")[0]).register_forward_hook(self._hook(name, batch))
+            for name, layer in self.layers.items()
+        ]
+        try:
+            call_on(model, batch, weights)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.tokens += int(batch.valid.sum()) if batch.valid is not None else batch.tokens
+
+    def _hook(self, name: str, batch: Batch) -> Any:
+        def note(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+            h, y = args[0].flatten(0, -2).float(), output.flatten(0, -2).float()
+            scale = y.pow(2).mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+            if batch.valid is not None and batch.valid.numel() == len(h):
+                scale = scale * batch.valid.flatten()[:, None]
+            h = h * scale
+            if name not in self.sums:
+                self.sums[name] = h.new_zeros(h.shape[-1], h.shape[-1])
+            self.sums[name].addmm_(h.T, h)
+
+        return note
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """Neurons in the order in which they leave.
+
+    Attributes:
+        order: int64 ``[width]``, the first to leave first.
+        costs: float64 ``[width]``: the squared error that each adds, relative to the layer's whole output.
+    """
+
+    order: torch.Tensor
+    costs: torch.Tensor
+
+    def kept(self, width: int) -> torch.Tensor:
+        """The neurons of a layer of ``width``, in their old order."""
+        return self.order[len(self.order) - width :].sort().values
+
+    def error(self, width: int) -> float:
+        """Squared error of a layer of ``width``, relative to the layer's whole output."""
+        return float(self.costs[: len(self.costs) - width].sum())
+
+
+def eliminate(moments: torch.Tensor, columns: torch.Tensor, ridge: float = 1e-3, least: int = 0) -> Elimination:
+    """The order in which neurons leave.
+
+    Args:
+        moments: ``[width, width]``, see :class:`SecondMoments`.
+        columns: the next layer's weight, ``[out, width]``.
+        ridge: added to the diagonal, relative to its mean.
+        least: the last so many are left in no order.
+    """
+    moments = moments.double()
+    weight = columns.double().T.clone()
+    total = float((weight * (moments @ weight)).sum())
+    inverse = torch.linalg.inv(_ridged(moments, ridge))
+    names = torch.arange(len(moments))
+    gone = torch.zeros(len(moments), dtype=torch.bool)
+    order: list[int] = []
+    costs: list[float] = []
+    while len(order) < len(moments) - least:
+        cost = weight.pow(2).sum(1) / inverse.diagonal().clamp(min=1e-300)
+        cost[gone] = torch.inf
+        j = int(cost.argmin())
+        order.append(int(names[j]))
+        costs.append(float(cost[j]))
+        step = inverse[:, j] / inverse[j, j]
+        weight.addr_(step, weight[j].clone(), alpha=-1)
+        inverse.addr_(step, inverse[j].clone(), alpha=-1)
+        gone[j] = True
+        if int(gone.sum()) >= _STRETCH:
+            left = ~gone
+            inverse, weight, names = inverse[left][:, left].contiguous(), weight[left], names[left]
+            gone = torch.zeros(len(names), dtype=torch.bool)
+    rest = names[~gone].tolist()
+    return Elimination(
+        torch.tensor(order + rest),
+        torch.tensor(costs + [torch.inf] * len(rest), dtype=torch.float64) / max(total, 1e-300),
+    )
+
+
+def refit(moments: torch.Tensor, columns: torch.Tensor, kept: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
+    """The next layer's weight for the kept neurons alone, ``[out, kept]``, nearest to what all of them give."""
+    moments = moments.double()
+    right = moments[kept] @ columns.double().T
+    return torch.linalg.solve(_ridged(moments[kept][:, kept], ridge), right).T.to(columns.dtype).contiguous()
+
+
+def _ridged(moments: torch.Tensor, ridge: float) -> torch.Tensor:
+    return moments + torch.eye(len(moments), dtype=moments.dtype) * (ridge * float(moments.diagonal().mean()) + 1e-30)
+
+
+def thin_weights(
+    model: torch.nn.Module, layer: HiddenLayer, kept: torch.Tensor, columns: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The parameters of an MLP with the ``kept`` neurons, and ``columns`` for the layer behind them."""
+    made = {layer.columns: columns}
+    for name, times in layer.rows:
+        value = model.get_parameter(name).detach()
+        made[name] = torch.cat([part[kept] for part in value.chunk(times)])
+    return made
+
+
+def hidden_layers(sites: Iterable[Site], names: Iterable[str]) -> dict[str, HiddenLayer]:
+    """The hidden layers of the sites of these names, in order of execution.
+
+    Raises:
+        UnknownSiteError: for a name that no site has.
+        PlanError: for a site whose neurons cannot be left out one by one.
+    """
+    known = {site.name: site.hidden for site in sites}
+    wanted = frozenset(names)
+    for name in sorted(wanted):
+        if name not in known:
+            raise UnknownSiteError(name, list(known))
+        if known[name] is None:
+            raise PlanError(
+                f"{name} cannot be made thinner: it is no MLP of plain linear layers with their own weights"
+            )
+    return {name: layer for name, layer in known.items() if name in wanted and layer is not None}
+
+
+def thin(
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    sites: Iterable[Site],
+    widths: Mapping[str, int],
+    groups: int = 6,
+    ridge: float = 1e-3,
+    progress: Any = None,
+) -> Plan:
+    """A plan with narrower MLPs, fitted in sequence: later layers see what the earlier ones have become.
+
+    Args:
+        model: in evaluation mode; left as it is.
+        batches: text to fit on.
+        sites: of the model, from :func:`skipc.find_sites`.
+        widths: neurons to keep, by site.
+        groups: how many passes over the batches: layers of one group see none of the others.
+        ridge: of the fits, relative to the mean second moment.
+        progress: wraps an iterable, as ``tqdm`` or ``rich`` do.
+
+    Raises:
+        UnknownSiteError, PlanError: for sites that cannot be made thinner.
+    """
+    layers = hidden_layers(sites, widths)
+    names = [name for name, layer in layers.items() if widths[name] < layer.width]
+    size = -(-len(names) // groups) or 1
+    weights: dict[str, torch.Tensor] = {}
+    rounds = [names[i : i + size] for i in range(0, len(names), size)]
+    for members in progress(rounds) if progress else rounds:
+        moments = SecondMoments({name: layers[name] for name in members})
+        for batch in batches:
+            moments.add(model, batch, weights)
+        for name in members:
+            layer, found = layers[name], moments.sums.pop(name)
+            columns = model.get_parameter(layer.columns).detach()
+            kept = eliminate(found, columns, ridge, least=widths[name]).kept(widths[name])
+            weights |= thin_weights(model, layer, kept, refit(found, columns, kept, ridge))
+    return Plan(weights=weights)

@@ -1,0 +1,111 @@
+"""Narrower MLPs: the order in which neurons leave, the refit, and plans made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from skipc.passes.hidden_layers import hidden_layer
+
+import skipc
+from skipc.calibration.batches import batches_of, call_on, result_of
+from skipc.calibration.thinning import SecondMoments, eliminate, hidden_layers, refit, thin
+from tests.harness import STRICT
+from tests.models.zoo import ZOO, ids
+
+
+def error(h: torch.Tensor, columns: torch.Tensor, kept: list[int]) -> float:
+    """The least squares error of a layer with the kept neurons, by QR."""
+    y = h @ columns.T
+    return float((y - h[:, kept] @ torch.linalg.lstsq(h[:, kept], y).solution).pow(2).sum())
+
+
+def test_each_step_takes_the_neuron_that_costs_least() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(200, 9, generator=generator, dtype=torch.float64) @ torch.randn(9, 9, generator=generator).double()
+    columns = torch.randn(5, 9, generator=generator, dtype=torch.float64)
+    found = eliminate(h.T @ h, columns, ridge=0)
+    left, spent = list(range(9)), 0.0
+    for j, cost in zip(found.order[:-1].tolist(), found.costs.tolist(), strict=False):
+        prices = {k: error(h, columns, [i for i in left if i != k]) for k in left}
+        assert prices[j] == pytest.approx(min(prices.values()), rel=1e-6)
+        spent += cost * float((h @ columns.T).pow(2).sum())
+        assert spent == pytest.approx(prices[j], rel=1e-6)
+        left.remove(j)
+        kept = found.kept(len(left))
+        assert kept.tolist() == left
+        refitted = refit(h.T @ h, columns, kept, ridge=0)
+        assert float((h @ columns.T - h[:, kept] @ refitted.T).pow(2).sum()) == pytest.approx(prices[j], rel=1e-6)
+
+
+def test_dead_and_double_neurons_cost_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(500, 100, generator=generator)
+    h[:, 50:90] = h[:, :40] * 2
+    h[:, 90:] = 0
+    columns = torch.randn(7, 100, generator=generator)
+    found = eliminate(h.T @ h, columns, ridge=1e-6)
+    assert found.error(50) < 1e-5
+    assert found.error(49) > 1e-3
+    kept = found.kept(50)
+    torch.testing.assert_close(h[:, kept] @ refit(h.T @ h, columns, kept, 1e-6).T, h @ columns.T, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "bert", "t5", "hand_written"])
+@torch.no_grad()
+def test_an_mlp_with_double_neurons_gets_rid_of_them(name: str) -> None:
+    """Every neuron twice, of which the plan keeps half: the same results, in eager and compiled."""
+    torch._dynamo.reset()
+    model, inputs = ZOO[name].build(), ZOO[name].inputs()
+    sites = skipc.find_sites(model, **inputs).sites
+    layers = {s.name: s.hidden for s in sites if s.hidden is not None}
+    for layer in layers.values():
+        half = layer.width // 2
+        for path, times in layer.rows:
+            value = model.get_parameter(path)
+            for part in value.chunk(times):
+                part[half:] = part[:half]
+    generator = torch.Generator().manual_seed(5)
+    more = [
+        {k: torch.randint(3, 90, v.shape, generator=generator) if k.endswith("ids") else v for k, v in inputs.items()}
+        for _ in range(40)
+    ]
+    widths = {n: layer.width // 2 for n, layer in layers.items()}
+    plan = thin(model, batches_of(model, more), sites, widths, groups=2, ridge=1e-6)
+    (batch,) = batches_of(model, [inputs])
+    expected, found = result_of(call_on(model, batch)), result_of(call_on(model, batch, plan.weights))
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    with compiled.session(plan=plan):
+        torch.testing.assert_close(result_of(compiled(**inputs)), found, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_has_no_say() -> None:
+    model = ZOO["bert"].build()
+    sites = skipc.find_sites(model, ids(2, 7)).sites
+    layers = hidden_layers(sites, [s.name for s in sites if s.hidden])
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, 5:] = 0
+    sums = []
+    for padding in (1, 2):
+        text = ids(2, 7)
+        text[0, 5:] = padding
+        moments = SecondMoments(layers)
+        moments.add(model, *batches_of(model, [{"input_ids": text, "attention_mask": mask}]), {})
+        assert moments.tokens == 12
+        sums.append(moments.sums)
+    for name in layers:
+        torch.testing.assert_close(sums[0][name], sums[1][name])
+
+
+def test_what_cannot_be_thinned_is_refused_by_name() -> None:
+    sites: Any = skipc.find_sites(ZOO["llama"].build(), **ZOO["llama"].inputs()).sites
+    with pytest.raises(skipc.PlanError, match="self_attn cannot be made thinner"):
+        hidden_layers(sites, ["model.layers.0.self_attn"])
+    with pytest.raises(skipc.UnknownSiteError):
+        hidden_layers(sites, ["model.layers.7.mlp"])
+    with pytest.raises(TypeError, match="no batch"):
+        batches_of(ZOO["llama"].build(), [])
+    assert hidden_layer([]) is None
