@@ -10,6 +10,7 @@ from skipc.passes.hidden_layers import hidden_layer
 
 import skipc
 from skipc.calibration.batches import batches_of, call_on, result_of
+from skipc.calibration.distillation import distill, divergence
 from skipc.calibration.thinning import SecondMoments, eliminate, hidden_layers, refit, thin
 from tests.harness import STRICT
 from tests.models.zoo import ZOO, ids
@@ -109,3 +110,27 @@ def test_what_cannot_be_thinned_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match="no batch"):
         batches_of(ZOO["llama"].build(), [])
     assert hidden_layer([]) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_distillation_brings_a_plan_nearer_to_the_model_on_other_text(name: str) -> None:
+    model, inputs = ZOO[name].build(), ZOO[name].inputs()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    sites = skipc.find_sites(model, **inputs).sites
+    text = [
+        {**inputs, "input_ids": torch.randint(3, 90, (4, 7), generator=torch.Generator().manual_seed(s))}
+        for s in range(34)
+    ]
+    text = [{k: v for k, v in t.items() if k != "attention_mask"} for t in text]
+    batches = batches_of(model, text)
+    plan = thin(model, batches[:32], sites, {s.name: s.hidden.width // 2 for s in sites if s.hidden})
+    trained = distill(model, plan, batches[:32], steps=64, rate=1e-3)
+    again = distill(model, plan, batches[:32], steps=64, rate=1e-3)
+
+    def far(weights: Any) -> float:
+        with torch.no_grad():
+            return sum(float(divergence(call_on(model, b), call_on(model, b, weights), b)) for b in batches[32:])
+
+    assert far(trained.weights) < 0.8 * far(plan.weights)
+    assert all(torch.equal(trained.weights[n], again.weights[n]) for n in plan.weights)  # no luck in it
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

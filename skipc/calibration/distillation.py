@@ -1,0 +1,77 @@
+"""A short training of a plan's weights against the whole model (knowledge distillation, Hinton et al. 2015)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from skipc.calibration.batches import Batch, call_on, result_of
+from skipc.ir.plan import Plan
+
+_WARM = 0.1  # of the steps, in which the rate rises
+_LAST = 0.05  # of the rate, at the end
+
+
+def distill(
+    model: torch.nn.Module,
+    plan: Plan,
+    batches: Sequence[Batch],
+    steps: int,
+    rate: float = 2e-4,
+    seed: int = 0,
+    progress: Any = None,
+) -> Plan:
+    """A plan of the same shapes whose results are nearer to the model's. Only the plan's weights are trained.
+
+    Args:
+        model: in evaluation mode; left as it is.
+        batches: in random order, again and again.
+        steps: batches to train on.
+        rate: learning rate of Adam, which rises over a tenth of the steps and then falls along a cosine.
+        progress: wraps an iterable, as ``tqdm`` or ``rich`` do.
+    """
+    own = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
+    weights = {name: value.detach().float().clone().requires_grad_() for name, value in plan.weights.items()}
+    optimizer = torch.optim.Adam(weights.values(), lr=rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in progress(range(steps)) if progress else range(steps):
+        order = order or torch.randperm(len(batches), generator=generator).tolist()
+        batch = batches[order.pop()]
+        with torch.no_grad():
+            truth = call_on(model, batch)
+        with torch.enable_grad():
+            loss = divergence(truth, call_on(model, batch, {**own, **_cast(weights, own)}), batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return Plan(plan.skip, {name: value.detach().to(own[name].dtype) for name, value in weights.items()})
+
+
+def divergence(truth: Any, found: Any, batch: Batch) -> torch.Tensor:
+    """How far a model's results are from the truth, mean over valid tokens: the Kullback-Leibler divergence of its
+    distribution of the next token, in nats; of hidden states, their squared distance, relative to the truth's."""
+    a, b = result_of(truth).flatten(0, -2).float(), result_of(found).flatten(0, -2).float()
+    if batch.valid is not None and batch.valid.numel() == len(a):
+        a, b = a[batch.valid.flatten()], b[batch.valid.flatten()]
+    if isinstance(getattr(truth, "logits", None), torch.Tensor):
+        return F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
+    return (a - b).pow(2).sum() / a.pow(2).sum()
+
+
+def _share(step: int, steps: int) -> float:
+    warm = max(1, round(_WARM * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return _LAST + (1 - _LAST) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _cast(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(own[name].dtype) for name, value in weights.items()}
