@@ -19,7 +19,7 @@ from skipc.runtime.gating import GatedCall, GatedSpec
 from skipc.runtime.huge_pages import back_with_huge_pages
 from skipc.runtime.replay import note_call
 from skipc.runtime.rows import gathered, queried, unseen
-from skipc.runtime.variants import Variants
+from skipc.runtime.variants import CompileFor, Variants
 
 from skipc.ir.errors import PassError
 from skipc.ir.plan import Plan
@@ -60,7 +60,7 @@ class Program:
         default_kv: KVPolicy = "project",
         partial: str | None = None,
         huge_pages: bool = False,
-        compile_for: Callable[[dict[str, tuple[int, ...]]], Program] | None = None,
+        compile_for: CompileFor | None = None,
     ):
         self.spec = spec
         self.functions = tuple(functions)

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("skipc")
 
-CompileFor = Callable[[dict[str, tuple[int, ...]]], "Program"]
+
+@dataclass(frozen=True)
+class SizeGuards:
+    """What compiling for a plan assumed about the sizes of a call, beside what Dynamo checks.
+
+    Attributes:
+        guards: sympy expressions, which must hold.
+        symbols: the inputs that are the sizes in them, by position.
+    """
+
+    guards: tuple[Any, ...]
+    symbols: Mapping[Any, int]
+
+    def hold(self, inputs: Sequence[Any]) -> bool:
+        """Whether they do for these inputs."""
+        values = {symbol: inputs[i] for symbol, i in self.symbols.items()}
+        return all(bool(guard.subs(values)) for guard in self.guards)
+
+
+CompileFor = Callable[[dict[str, tuple[int, ...]]], tuple["Program", SizeGuards]]
 
 
 class Variants:
@@ -31,7 +51,7 @@ class Variants:
         self._program = weakref.ref(program)
         self._compile_for = compile_for
         self._places = dict(program.spec.weights)
-        self._compiled: dict[Shapes, Program] = {}
+        self._compiled: dict[Shapes, tuple[Program, SizeGuards]] = {}
         self._weights: weakref.WeakKeyDictionary[Plan, dict[int, torch.Tensor]] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -78,4 +98,10 @@ class Variants:
                     len(shapes),
                     time.perf_counter() - start,
                 )
-        return self._compiled[key]
+        compiled, guards = self._compiled[key]
+        if guards.guards and not guards.hold(inputs):
+            where = " and ".join(map(str, guards.guards))
+            raise PlanError(
+                f"what was compiled for this plan holds only where {where}; this call needs another session"
+            )
+        return compiled

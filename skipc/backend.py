@@ -14,7 +14,7 @@ from skipc.ir.config import Config
 from skipc.ir.errors import ConfigError, NoResidualStreamError, PlanError, SkipcError, UnknownSiteError
 from skipc.passes.base import Pass, PassContext
 from skipc.passes.fx_edit import copy_graph
-from skipc.passes.lowering.inductor import check_torch_version, compile_whole
+from skipc.passes.lowering.inductor import check_torch_version, compile_whole, late_guards
 from skipc.passes.lowering.outline import Outline
 from skipc.passes.lowering.whole import lower_cond, lower_static
 from skipc.passes.manager import PassManager
@@ -24,6 +24,7 @@ from skipc.passes.substitute_weights import substitute_weights
 from skipc.runtime import sessions
 from skipc.runtime.graph_program import CondProgram, StaticProgram
 from skipc.runtime.program import Fallback, Program
+from skipc.runtime.variants import SizeGuards
 
 log = logging.getLogger("skipc")
 
@@ -110,8 +111,12 @@ def build_program(gm: fx.GraphModule, config: Config) -> Program:
         functions = outline.compile(config)
         kept = copy_graph(gm)  # Dynamo strips its own
 
-        def compile_for(shapes: Mapping[str, tuple[int, ...]]) -> Program:
-            return build_program(substitute_weights(kept, shapes), config)
+        def compile_for(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Program, SizeGuards]:
+            with late_guards(kept) as guards:
+                program = build_program(substitute_weights(kept, shapes), config)
+            values = [n.meta.get("example_value") for n in _placeholders(kept)]
+            symbols = {v.node.expr: i for i, v in enumerate(values) if isinstance(v, torch.SymInt)}
+            return program, SizeGuards(tuple(guards), symbols)
 
         return Program(outline.spec, functions, config.kv, partial, config.huge_pages, compile_for)
     # What stays with Inductor as a whole keeps to torch's own operations: no kernels for regions.

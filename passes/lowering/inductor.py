@@ -95,6 +95,26 @@ def overlapped_builds() -> Iterator[None]:
         wait(builds, scope)
 
 
+@contextmanager
+def late_guards(gm: fx.GraphModule) -> Iterator[list[Any]]:
+    """What was assumed about the sizes of ``gm`` while this was open, sympy expressions, is in the list afterwards.
+    (Dynamo freezes its ShapeEnv when it is done with a graph, after which assumptions are dropped without a word.)"""
+    values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+    mode = next((v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor)), None)
+    shape_env = mode.shape_env if mode is not None else None
+    found: list[Any] = []
+    if shape_env is None:
+        yield found
+        return
+    frozen, before = shape_env.frozen, len(shape_env.guards)
+    shape_env.frozen = False
+    try:
+        yield found
+    finally:
+        shape_env.frozen = frozen
+        found += [guard.expr for guard in shape_env.guards[before:]]
+
+
 def compile_region(gm: fx.GraphModule, config: Config, checked: bool = True) -> Compiled:
     """Compile one region with Inductor. The result takes a list of inputs and returns the outputs in order. With
     ``checked`` it checks their sizes and strides at every call, which takes a tenth of the time between kernels.

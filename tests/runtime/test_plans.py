@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from skipc.passes.lowering import outline
+from skipc.runtime.variants import SizeGuards
 from transformers import StaticCache
 
 import skipc
-from tests.harness import STRICT, assert_no_further, in_double
+from tests.harness import STRICT, assert_no_further, eager_skip, in_double
 from tests.models.zoo import ZOO, ids
 
 MLP = {
@@ -59,8 +61,6 @@ def test_a_plan_runs_other_weights_and_leaves_the_model_alone(name: str) -> None
     weights = thin(model, name, 1, 40)
     skip = {ZOO[name].expected()[0][0]}
     for plan in (skipc.Plan(weights=weights), skipc.Plan(skip, weights)):
-        from tests.harness import eager_skip
-
         truth, eager = with_weights(double, weights), with_weights(model, weights)
         with eager_skip(truth, plan.skip), eager_skip(eager, plan.skip):
             a, b = truth(**doubled), eager(**inputs)
@@ -175,3 +175,34 @@ def test_what_does_not_fit_is_refused_by_name(llama: Any) -> None:
         pytest.raises(skipc.PlanError, match="need lowering='outline'"),
     ):
         static(x, use_cache=False)
+
+
+@torch.no_grad()
+def test_what_compiling_a_plan_assumed_is_checked_at_each_call(llama: Any, monkeypatch: Any) -> None:
+    """Dynamo, which is done with the graph, would not."""
+    model, compiled = llama
+    plan = skipc.Plan(weights=thin(model, "llama", 0, 27))
+    noted: list[SizeGuards] = []
+    hold = SizeGuards.hold
+
+    def note(self: SizeGuards, inputs: Any) -> bool:
+        noted.append(self)
+        return hold(self, inputs)
+
+    monkeypatch.setattr(SizeGuards, "hold", note)
+    original = outline.compile_region
+
+    def assuming(gm: Any, config: Any, checked: bool = True) -> Any:
+        sizes = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
+        assert all(size < 9 for size in sizes if isinstance(size, torch.SymInt))
+        return original(gm, config, checked)
+
+    compiled(ids(2, 6), use_cache=False)
+    monkeypatch.setattr(outline, "compile_region", assuming)
+    with compiled.session(plan=plan) as session:
+        for tokens in (6, 8):
+            compiled(ids(2, tokens), use_cache=False)
+        with pytest.raises(skipc.PlanError, match="holds only where"):
+            compiled(ids(2, 9), use_cache=False)
+    assert len(noted) == 3
+    assert session.stats().recompiles == 1
