@@ -83,4 +83,4 @@ def _is_half(node: fx.Node) -> bool:
     value = tensor(node.args[0])
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
     count = node.kwargs.get("chunks", node.args[1] if len(node.args) > 1 else None)
-    return count == 2 and value is not None and dim in (-1, value.dim() - 1)
+    return value is not None and (count, dim) in ((2, -1), (2, value.dim() - 1))

@@ -35,7 +35,7 @@ def substitute_weights(gm: fx.GraphModule, shapes: Mapping[str, tuple[int, ...]]
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             name, old = weight_name(node), node.meta.get("example_value")
-            if name in shapes and tuple(old.shape) != tuple(shapes[name]):
+            if name is not None and name in shapes and tuple(old.shape) != tuple(shapes[name]):
                 assert mode is not None
                 with mode:
                     node.meta["example_value"] = torch.empty(shapes[name], dtype=old.dtype, device=old.device)
