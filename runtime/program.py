@@ -289,9 +289,10 @@ class Repeated:
         session = sessions.session_for(self._parameters) if sessions.any_open() else None
         return self.run(self.program.exact) if session is None else session.call(self.program, self.inputs, self)
 
-    def under(self, plan: Plan, program: Program, inputs: Sequence[Any]) -> Repeated:
-        """The same for the weights of a plan: ``program`` is compiled for them, and ``inputs`` hold them."""
+    def under(self, plan: Plan) -> Repeated:
+        """The same for the weights of a plan."""
         if plan not in self._under:
+            program, inputs = self.program.variants.under(plan, self.inputs)
             self._under[plan] = program.repeated(inputs)
         return self._under[plan]
 

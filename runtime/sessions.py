@@ -195,8 +195,11 @@ class Session:
         if program.partial and (self.skip or self.steering is not None):
             raise FallbackError(f"a session cannot skip in a model with graph breaks: {program.partial}")
         if self.plan is not None and self.plan.weights:
-            program, inputs = program.variants.under(self.plan, inputs)
-            repeated = repeated.under(self.plan, program, inputs) if repeated is not None else None
+            if repeated is not None:
+                repeated = repeated.under(self.plan)
+                program, inputs = repeated.program, repeated.inputs
+            else:
+                program, inputs = program.variants.under(self.plan, inputs)
         run = repeated.run if repeated is not None else None
         if self.skip and program not in self._checked:
             self._check(program, inputs)

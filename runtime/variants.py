@@ -52,7 +52,8 @@ class Variants:
         self._compile_for = compile_for
         self._places = dict(program.spec.weights)
         self._compiled: dict[Shapes, tuple[Program, SizeGuards]] = {}
-        self._weights: weakref.WeakKeyDictionary[Plan, dict[int, torch.Tensor]] = weakref.WeakKeyDictionary()
+        self._fitting: weakref.WeakKeyDictionary[Plan, tuple[dict[int, torch.Tensor], Shapes]]
+        self._fitting = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def under(self, plan: Plan, inputs: Sequence[Any]) -> tuple[Program, Sequence[Any]]:
@@ -63,42 +64,41 @@ class Variants:
         """
         program = self._program()
         assert program is not None
-        weights = self._weights.get(plan)
-        if weights is None:
-            weights = self._weights[plan] = self._fitting(plan, inputs)
+        if plan not in self._fitting:
+            self._fitting[plan] = self._fit(plan, inputs)
+        weights, shapes = self._fitting[plan]
         if not weights:
             return program, inputs
         given = list(inputs)
         for at, value in weights.items():
             given[at] = value
-        other = {n: tuple(weights[i].shape) for n, i in self._places.items() if i in weights}
-        other = {n: shape for n, shape in other.items() if shape != tuple(inputs[self._places[n]].shape)}
-        return (self._for(other, inputs) if other else program), given
+        return (self._for(shapes, inputs) if shapes else program), given
 
-    def _fitting(self, plan: Plan, inputs: Sequence[Any]) -> dict[int, torch.Tensor]:
-        """The weights of ``plan`` that this program has, by position, of the dtype and on the device of the model's."""
-        places = {name: self._places[name] for name in plan.weights if name in self._places}
-        return {
-            at: plan.weights[name].to(inputs[at].device, inputs[at].dtype).contiguous() for name, at in places.items()
-        }
+    def _fit(self, plan: Plan, inputs: Sequence[Any]) -> tuple[dict[int, torch.Tensor], Shapes]:
+        """The weights of ``plan`` that this program has, by position, of the dtype and on the device of the model's;
+        and the shapes of those that are not shaped like them."""
+        places = {self._places[name]: value for name, value in plan.weights.items() if name in self._places}
+        weights = {at: v.to(inputs[at].device, inputs[at].dtype).contiguous() for at, v in places.items()}
+        names = {at: name for name, at in self._places.items()}
+        shapes = sorted((names[at], tuple(v.shape)) for at, v in weights.items() if v.shape != inputs[at].shape)
+        return weights, tuple(shapes)
 
-    def _for(self, shapes: dict[str, tuple[int, ...]], inputs: Sequence[Any]) -> Program:
-        key = tuple(sorted(shapes.items()))
+    def _for(self, shapes: Shapes, inputs: Sequence[Any]) -> Program:
         with self._lock:
-            if key not in self._compiled:
+            if shapes not in self._compiled:
                 program = self._program()
                 assert program is not None
                 if self._compile_for is None:
                     raise PlanError("weights of other shapes need lowering='outline'")
                 sessions.note_compilation(program.parameters_of(inputs))
                 start = time.perf_counter()
-                self._compiled[key] = self._compile_for(shapes)
+                self._compiled[shapes] = self._compile_for(dict(shapes))
                 log.warning(
                     "compiled once for a plan that changes the shapes of %d weights (%.1f s)",
                     len(shapes),
                     time.perf_counter() - start,
                 )
-        compiled, guards = self._compiled[key]
+        compiled, guards = self._compiled[shapes]
         if guards.guards and not guards.hold(inputs):
             where = " and ".join(map(str, guards.guards))
             raise PlanError(

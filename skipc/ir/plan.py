@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 
 import torch
 
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of parameters, by name
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of parameters, by name and in order
 
 
 class Plan:
@@ -30,11 +29,6 @@ class Plan:
         for name, value in self.weights.items():
             if not isinstance(value, torch.Tensor) or not value.is_floating_point():
                 raise TypeError(f"the weight for {name} is no floating tensor")
-
-    @cached_property
-    def shapes(self) -> Shapes:
-        """Of the weights, by name and in order."""
-        return tuple(sorted((name, tuple(value.shape)) for name, value in self.weights.items()))
 
     def __repr__(self) -> str:
         return f"Plan({len(self.skip)} sites skipped, {len(self.weights)} weights replaced)"
