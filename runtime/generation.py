@@ -12,6 +12,7 @@ from skipc.runtime import sessions
 from skipc.runtime.replay import Replay
 
 from skipc.ir.errors import PlanError
+from skipc.ir.plan import Plan
 
 log = logging.getLogger("skipc")
 
@@ -71,7 +72,7 @@ class Decoder:
         session = sessions.innermost(self.model)
         if session is not None and session.fills:
             if missing := session.missing:
-                self._run_again(missing)
+                self._run_again(missing, session.plan)
                 session.filled(missing)
             self.fed[:, self.count] = tokens
             self.count += 1
@@ -80,8 +81,8 @@ class Decoder:
             self.position += 1
         return self.replay.step(watched)[:, -1]
 
-    def _run_again(self, tokens: int) -> None:
-        """Compute the keys and values of the last ``tokens`` with every site running."""
+    def _run_again(self, tokens: int, plan: Plan | None) -> None:
+        """Compute the keys and values of the last ``tokens`` with every site running, in the weights of ``plan``."""
         if any(type(layer).__name__ != "StaticLayer" for layer in self.cache.layers):
             raise PlanError("kv='backfill' needs a cache that holds all tokens; this model's slides")
         end = self.count
@@ -90,7 +91,7 @@ class Decoder:
         start = max(0, end - tokens)
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(start)
-        with sessions.Session(self.model):  # without a policy
+        with sessions.Session(self.model, plan=plan):  # without a policy
             while start < end:
                 some = slice(start, min(start + _CHUNK, end))
                 extra: dict[str, Any] = {}

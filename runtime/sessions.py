@@ -81,7 +81,7 @@ class Session:
     Raises:
         UnknownSiteError: for a name that the model has no site of.
         PlanError: at the first call, if ``kv`` would give wrong answers.
-        SessionError: on leaving, if a site to skip was never reached.
+        SessionError: on leaving, if a site to skip was never reached, or a weight of the plan never used.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class Session:
         self._backfilled = 0
         self._governed: Sequence[int] | None = None
         self._unreached = set(self.skip)
+        self._unused = set(plan.weights) if plan is not None else set()
         self._checked: set[Program] = set()
         self._lock = threading.RLock()  # a policy may ask for statistics
         known = known_sites(self.parameters)
@@ -153,6 +154,8 @@ class Session:
             warnings.warn("this session saw no call of a compiled model: nothing was skipped", stacklevel=2)
         elif self._unreached:
             raise SessionError(f"never reached, so never skipped: {', '.join(sorted(self._unreached))}")
+        elif self._unused:
+            raise SessionError(f"weights of the plan that no call had a use for: {', '.join(sorted(self._unused))}")
 
     def bind(self, function: Callable[P, R]) -> Callable[P, R]:
         """``function``, to be run in another thread under this session."""
@@ -192,17 +195,19 @@ class Session:
         repeated: Repeated | None = None,
     ) -> tuple[Any, ...]:
         """Run ``program`` as this session asks; by ``repeated``, if that is given."""
-        if program.partial and (self.skip or self.steering is not None):
+        if program.partial and (self.skip or self.steering is not None or self.plan is not None):
             raise FallbackError(f"a session cannot skip in a model with graph breaks: {program.partial}")
+        if self.skip and program not in self._checked:
+            self._check(program, inputs)
         if self.plan is not None and self.plan.weights:
+            if self._unused:
+                self._unused.difference_update(name for name, _ in program.spec.weights)
             if repeated is not None:
                 repeated = repeated.under(self.plan)
                 program, inputs = repeated.program, repeated.inputs
             else:
                 program, inputs = program.variants.under(self.plan, inputs)
         run = repeated.run if repeated is not None else None
-        if self.skip and program not in self._checked:
-            self._check(program, inputs)
         kv = self.kv or program.default_kv
         if self.steering is not None:
             return self._steered(self.steering, program, inputs, kv, run)
@@ -334,15 +339,19 @@ class Session:
         self._checked.add(program)
 
     def _check_plan(self, plan: Plan) -> None:
-        """Refuse weights for parameters that the model does not have."""
-        known = dict(self.model.named_parameters(remove_duplicate=False)) if self.model is not None else {}
-        for name in plan.weights if known else ():
+        """Refuse weights for parameters that the model does not have, or has under several names: a program takes a
+        tensor once, so that one of its uses cannot be given another."""
+        if self.model is None:
+            return
+        known = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in plan.weights:
             if name not in known:
                 close = nearest(name, known)
-                raise PlanError(
-                    f"the plan has a weight for {name}, which the model does not have"
-                    + (f" (did you mean {close[0]}?)" if close else "")
-                )
+                hint = f" (did you mean {close[0]}?)" if close else ""
+                raise PlanError(f"the plan has a weight for {name}, which the model does not have{hint}")
+            tied = [other for other, value in known.items() if value is known[name] and other != name]
+            if tied:
+                raise PlanError(f"the plan has a weight for {name}, which is tied to {tied[0]}")
 
     def _check_names(self, known: Iterable[str]) -> None:
         """Refuse names that are neither sites nor modules. (A module may be a site of a graph that is not compiled yet:

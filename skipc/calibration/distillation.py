@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from skipc.calibration.batches import Batch, call_on, result_of
+from skipc.ir.errors import PlanError
 from skipc.ir.plan import Plan
 
 _WARM = 0.1  # of the steps, in which the rate rises
@@ -33,7 +34,12 @@ def distill(
         steps: batches to train on.
         rate: learning rate of Adam, which rises over a tenth of the steps and then falls along a cosine.
         progress: wraps an iterable, as ``tqdm`` or ``rich`` do.
+
+    Raises:
+        PlanError: if the plan skips sites, which training would not see.
     """
+    if plan.skip:
+        raise PlanError(f"plans that skip sites cannot be trained: {', '.join(sorted(plan.skip))}")
     own = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
     weights = {name: value.detach().float().clone().requires_grad_() for name, value in plan.weights.items()}
     optimizer = torch.optim.Adam(weights.values(), lr=rate, betas=(0.9, 0.95))
@@ -52,7 +58,7 @@ def distill(
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
         schedule.step()
-    return Plan(plan.skip, {name: value.detach().to(own[name].dtype) for name, value in weights.items()})
+    return Plan(weights={name: value.detach().to(own[name].dtype) for name, value in weights.items()})
 
 
 def divergence(truth: Any, found: Any, batch: Batch) -> torch.Tensor:

@@ -38,8 +38,7 @@ class SecondMoments:
     def add(self, model: torch.nn.Module, batch: Batch, weights: Mapping[str, torch.Tensor]) -> None:
         """Run ``model`` with ``weights`` in the place of its own on one batch."""
         handles = [
-            model.get_submodule(layer.columns.rpartition(".")[0]).register_forward_hook(self._hook(name, batch))
-            for name, layer in self.layers.items()
+            _reader(model, layer).register_forward_hook(self._hook(name, batch)) for name, layer in self.layers.items()
         ]
         try:
             call_on(model, batch, weights)
@@ -60,6 +59,19 @@ class SecondMoments:
             self.sums[name].addmm_(h.T, h)
 
         return note
+
+
+def _reader(model: torch.nn.Module, layer: HiddenLayer) -> torch.nn.Module:
+    """The module that reads the neurons.
+
+    Raises:
+        PlanError: if that is done by no module of its own, whose input could be seen.
+    """
+    path = layer.columns.rpartition(".")[0]
+    module = model.get_submodule(path)
+    if not isinstance(module, torch.nn.Linear):
+        raise PlanError(f"{layer.columns} cannot be fitted: {path or 'the model'} is no torch.nn.Linear")
+    return module
 
 
 @dataclass(frozen=True)
@@ -183,9 +195,12 @@ def thin(
         progress: wraps an iterable, as ``tqdm`` or ``rich`` do.
 
     Raises:
-        UnknownSiteError, PlanError: for sites that cannot be made thinner.
+        UnknownSiteError, PlanError: for sites that cannot be made thinner, or that no batch came to.
     """
     layers = hidden_layers(sites, widths)
+    for name, layer in layers.items():
+        if not 1 <= widths[name] <= layer.width:
+            raise PlanError(f"{name} has {layer.width} neurons, of which 1 or more are kept, not {widths[name]}")
     names = [name for name, layer in layers.items() if widths[name] < layer.width]
     size = -(-len(names) // groups) or 1
     weights: dict[str, torch.Tensor] = {}
@@ -195,6 +210,8 @@ def thin(
         for batch in batches:
             moments.add(model, batch, weights)
         for name in members:
+            if name not in moments.sums:
+                raise PlanError(f"{name} did not run on any of the batches")
             layer, found = layers[name], moments.sums.pop(name)
             columns = model.get_parameter(layer.columns).detach()
             kept = eliminate(found, columns, ridge, least=widths[name]).kept(widths[name])

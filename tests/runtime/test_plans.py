@@ -169,6 +169,10 @@ def test_what_does_not_fit_is_refused_by_name(llama: Any) -> None:
         compiled(x, use_cache=False)
     with pytest.raises(TypeError, match="no floating tensor"):
         skipc.Plan(weights={"model.layers.0.mlp.up_proj.weight": torch.zeros(2, dtype=torch.long)})
+    tied = copy.deepcopy(model)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    with pytest.raises(skipc.PlanError, match=r"tied to model\.embed_tokens\.weight"):
+        skipc.compile(tied).session(plan=skipc.Plan(weights={"lm_head.weight": torch.zeros(2, 2)}))
     static = skipc.compile(model, lowering="cond", fullgraph=True, **STRICT)
     with (
         static.session(plan=skipc.Plan(weights=thin(model, "llama", 0, 20))),
@@ -206,3 +210,64 @@ def test_what_compiling_a_plan_assumed_is_checked_at_each_call(llama: Any, monke
             compiled(ids(2, 9), use_cache=False)
     assert len(noted) == 3
     assert session.stats().recompiles == 1
+
+
+@torch.no_grad()
+def test_weights_that_no_call_used_are_told() -> None:
+    """Of an encoder alone, under a plan for the decoder."""
+    torch._dynamo.reset()
+    model = ZOO["t5"].build()
+    compiled = skipc.compile(model.encoder, fullgraph=True, **STRICT)
+    weights = {"block.0.layer.1.DenseReluDense.wo.weight": torch.zeros(64, 128)}
+    with compiled.session(plan=skipc.Plan(weights=weights)):
+        compiled(input_ids=ids(2, 6))
+    function = torch.compile(model.encoder, backend="skipc", fullgraph=True)
+    session = skipc.session(lambda: None, plan=skipc.Plan(weights=weights | {"decoder.x.weight": torch.zeros(2)}))
+    with pytest.raises(skipc.SessionError, match=r"no call had a use for: decoder\.x\.weight$"), session:
+        function(input_ids=ids(2, 6))
+
+
+@torch.no_grad()
+def test_a_plan_in_a_model_with_graph_breaks_is_refused() -> None:
+    """What runs between the graphs would not see its weights."""
+    torch._dynamo.reset()
+
+    class Broken(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = ZOO["hand_written"].build()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.model(x)
+            torch._dynamo.graph_break()
+            return self.model(x), y
+
+    model = Broken()
+    compiled = skipc.compile(model)
+    name = next(n for n, _ in model.named_parameters() if n.endswith("mlp.2.weight"))
+    plan = skipc.Plan(weights={name: torch.zeros_like(model.get_parameter(name))})
+    (x,) = ZOO["hand_written"].inputs().values()
+    with pytest.raises(skipc.FallbackError, match="graph breaks"), compiled.session(plan=plan):
+        compiled(x)
+
+
+class Alternating(skipc.Policy):
+    """Every second call without the attentions."""
+
+    def decide(self, call: skipc.Call) -> skipc.GateTable:
+        skip = [s.name for s in call.sites if s.effects] if call.phase == "decode" and call.position % 2 else []
+        return skipc.GateTable.of(call.names, skip=skip, measures=False)
+
+
+@torch.no_grad()
+def test_what_backfill_runs_again_runs_in_the_weights_of_the_plan(llama: Any) -> None:
+    """As in a model that has these weights."""
+    model, compiled = llama
+    weights = thin(model, "llama", 0, 33, seed=2)
+    student = skipc.compile(with_weights(model, weights), **STRICT)
+    prompt, found = ids(1, 6), []
+    for call, plan in ((student, None), (compiled, skipc.Plan(weights=weights))):
+        with call.session(policy=Alternating(), kv="backfill", plan=plan) as session:
+            found.append(skipc.generate(call, prompt, max_new_tokens=10))
+        assert session.stats().backfilled
+    assert torch.equal(*found)

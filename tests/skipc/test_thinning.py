@@ -112,6 +112,32 @@ def test_what_cannot_be_thinned_is_refused_by_name() -> None:
     assert hidden_layer([]) is None
 
 
+def test_what_cannot_be_fitted_is_refused_by_name() -> None:
+    class Raw(torch.nn.Module):
+        """An MLP without modules of its own, as wide as the stream: its input would pass for its neurons."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = (torch.nn.Parameter(torch.randn(64, 64)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.nn.functional.linear(torch.nn.functional.linear(x, self.first).relu(), self.last)
+
+    model, x = Raw(), torch.randn(2, 7, 64)
+    (site,) = skipc.find_sites(model, x).sites
+    with pytest.raises(skipc.PlanError, match=r"is no torch\.nn\.Linear"):
+        thin(model, batches_of(model, [x]), [site], {site.name: 32})
+    llama = ZOO["llama"].build()
+    sites = skipc.find_sites(llama, **ZOO["llama"].inputs()).sites
+    for width in (0, 129):
+        with pytest.raises(skipc.PlanError, match="has 128 neurons"):
+            thin(llama, batches_of(llama, [ids()]), sites, {"model.layers.0.mlp": width})
+    with pytest.raises(skipc.PlanError, match="did not run on any"):
+        thin(llama, [], sites, {"model.layers.0.mlp": 64})
+    with pytest.raises(skipc.PlanError, match="cannot be trained"):
+        distill(llama, skipc.Plan({"model.layers.0.mlp"}), batches_of(llama, [ids()]), 1)
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_distillation_brings_a_plan_nearer_to_the_model_on_other_text(name: str) -> None:
     model, inputs = ZOO[name].build(), ZOO[name].inputs()
