@@ -189,6 +189,12 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     )
 
 
+def path_of(node: fx.Node) -> str:
+    """Where Dynamo got an input from, as one would write it: ``L['self'].model.layers.3.weight``; empty if unknown."""
+    source = str(getattr(getattr(node, "_dynamo_source", None), "name", ""))
+    return re.sub(r"_(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", source)
+
+
 def is_parameter_like(node: fx.Node) -> bool:
     """True for an input that belongs to the model rather than to the call (weights, and also buffers)."""
     if node.op == "get_attr":

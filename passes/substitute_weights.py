@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from skipc.passes.fx_edit import copy_graph, fake_mode_of, infer
-from skipc.passes.ops import is_parameter_like, same_sizes, tensors
+from skipc.passes.ops import is_parameter_like, path_of, same_sizes, tensors
 from torch import fx
 
 from skipc.ir.errors import PlanError
@@ -17,9 +17,7 @@ def weight_name(node: fx.Node) -> str | None:
     """The name in the model of the parameter that an input of a graph is; None for other inputs."""
     if node.op != "placeholder" or not is_parameter_like(node):
         return None
-    source = str(getattr(getattr(node, "_dynamo_source", None), "name", ""))
-    path = re.sub(r"_(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", source)
-    found = re.fullmatch(r"L\['[^']*'\]\.(.+)", path)
+    found = re.fullmatch(r"L\['[^']*'\]\.(.+)", path_of(node))
     return found[1] if found else None
 
 

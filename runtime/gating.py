@@ -175,10 +175,9 @@ class GatedCall:
                 found = moments(before if since is None else self._before.get(since), after)
             if found is None:
                 continue
-            block = self._block(found.shape[:-1], found.device)
             if rows is not None:
                 found = torch.where(rows[..., None], found, torch.nan)
-            block[site] = found
+            self.note_moments(site, found)
             if decides and self.table.rule == "gather":
                 self._close_tokens(site, cosine(found) >= self.table.threshold[site])
             elif decides:
@@ -193,7 +192,7 @@ class GatedCall:
         return after
 
     def note_moments(self, site: int, found: torch.Tensor) -> None:
-        """The moments of a site, if it ran; decisions were made elsewhere."""
+        """The moments of a site; NaN if it did not run."""
         self._block(found.shape[:-1], found.device)[site] = found
 
     def gates(self, x: torch.Tensor) -> Gates:

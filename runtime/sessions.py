@@ -10,17 +10,17 @@ import itertools
 import statistics
 import threading
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 
 import torch
 from skipc.runtime.gating import Observation
 from skipc.runtime.policies.base import Phase, Policy
 from skipc.runtime.policies.static import Static
+from skipc.runtime.registry import compilations, known_sites
+from skipc.runtime.session_stats import SessionStats
 from skipc.runtime.steering import Steering
 
 from skipc.ir.errors import FallbackError, PlanError, SessionError, SessionThreadError, UnknownSiteError, nearest
@@ -37,30 +37,6 @@ _MOST_UNCOUNTED = 64
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@dataclass
-class SessionStats:
-    """What ran under a session."""
-
-    calls: int = 0
-    ran: Counter[str] = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
-    recompiles: int = 0
-    backfilled: int = 0  # tokens that were run again because an attention lacked their keys
-    seconds: dict[str, float] = field(default_factory=dict)
-    similarity: dict[str, float] = field(default_factory=dict)
-    histogram: dict[str, list[int]] = field(default_factory=dict)  # tokens by similarity: see similarity_stats.EDGES
-    agreement: dict[str, float] = field(
-        default_factory=dict
-    )  # share of a call's tokens on the same side of a threshold
-
-    def __str__(self) -> str:
-        lines = [f"{self.calls} calls, {self.recompiles} recompilations"]
-        for name in sorted({*self.ran, *self.skipped}):
-            similar = f", similarity {self.similarity[name]:.4f}" if name in self.similarity else ""
-            lines.append(f"  {name}: ran {self.ran[name]}, skipped {self.skipped[name]}{similar}")
-        return "\n".join(lines)
 
 
 class Session:
@@ -369,8 +345,6 @@ _open: list[Session] = []
 _lock = threading.Lock()
 # A context variable: a thread starts without a session, and tasks of one event loop do not see each other's.
 _stack: ContextVar[tuple[Session, ...]] = ContextVar("skipc_sessions", default=())
-_programs: weakref.WeakKeyDictionary[Program, frozenset[int]] = weakref.WeakKeyDictionary()
-_compiled: Counter[frozenset[int]] = Counter()
 
 
 def any_open() -> bool:
@@ -405,27 +379,6 @@ def refuse(parameters: Sequence[int], reason: str) -> None:
     session = session_for(parameters)
     if session is not None:
         raise FallbackError(f"the session cannot be honoured, this call runs plain Inductor: {reason}")
-
-
-def register(program: Program, parameters: Iterable[int]) -> None:
-    """Remember a new program and the parameters that it was compiled for."""
-    _programs[program] = frozenset(parameters)
-
-
-def note_compilation(parameters: Iterable[int]) -> None:
-    """Count one run of the compiler for a model."""
-    _compiled[frozenset(parameters)] += 1
-
-
-def compilations(parameters: frozenset[int]) -> int:
-    """How often graphs of a model were compiled."""
-    return sum(n for used, n in _compiled.items() if not parameters or used <= parameters)
-
-
-def known_sites(parameters: frozenset[int]) -> frozenset[str]:
-    """The sites of a model, as far as it is compiled."""
-    names = [p.site_names for p, used in _programs.items() if used and used <= parameters]
-    return frozenset().union(*names)
 
 
 def _submodule(model: torch.nn.Module | None, path: str) -> torch.nn.Module | None:

@@ -24,12 +24,8 @@ class SimilarityStats:
     def add(self, seen: Observation) -> None:
         """Note one call."""
         self._pending.append(seen)
-        if len(self._pending) >= _MOST_PENDING:
+        if len(self._pending) >= _MOST_PENDING or any(block.numel() > _LARGE for block in seen.blocks):
             self._fold()
-            return
-        for block in seen.blocks:
-            if block.numel() > _LARGE:
-                self._fold()
 
     def means(self) -> dict[str, float]:
         """Mean similarity of each site, over tokens."""

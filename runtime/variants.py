@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from skipc.runtime import sessions
+from skipc.runtime import registry
 
 from skipc.ir.errors import PlanError
 from skipc.ir.plan import Plan, Shapes
@@ -90,7 +90,7 @@ class Variants:
                 assert program is not None
                 if self._compile_for is None:
                     raise PlanError("weights of other shapes need lowering='outline'")
-                sessions.note_compilation(program.parameters_of(inputs))
+                registry.note_compilation(program.parameters_of(inputs))
                 start = time.perf_counter()
                 self._compiled[shapes] = self._compile_for(dict(shapes))
                 log.warning(

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
         Unified,
         Worthwhile,
     )
-    from skipc.runtime.sessions import Session, SessionStats
+    from skipc.runtime.session_stats import SessionStats
+    from skipc.runtime.sessions import Session
 
 __version__ = "0.1.0"
 
@@ -68,7 +69,8 @@ _HOME = {
         "AdaSkip", "Call", "EarlyExit", "FFNSkip", "Lagged", "Observe", "Policy", "PredictionExit", "Routed",
         "SkipDecode", "Static", "Unified", "Worthwhile",
     ],
-    "skipc.runtime.sessions": ["Session", "SessionStats"],
+    "skipc.runtime.session_stats": ["SessionStats"],
+    "skipc.runtime.sessions": ["Session"],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -21,7 +21,7 @@ from skipc.passes.manager import PassManager
 from skipc.passes.ops import is_parameter_like, is_random, op_name, switches_autocast_off, tensors
 from skipc.passes.pipeline import REGION_PIPELINE
 from skipc.passes.substitute_weights import substitute_weights
-from skipc.runtime import sessions
+from skipc.runtime import registry
 from skipc.runtime.graph_program import CondProgram, StaticProgram
 from skipc.runtime.program import Fallback, Program
 from skipc.runtime.variants import SizeGuards
@@ -77,14 +77,14 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     """A program for ``gm``, or plain Inductor with a logged reason."""
     parameters = [i for i, n in enumerate(_placeholders(gm)) if is_parameter_like(n)]
     identities = [id(example_inputs[i]) for i in parameters]
-    sessions.note_compilation(identities)
+    registry.note_compilation(identities)
     if config.preset == "off":
         return compile_whole(gm, example_inputs, config)
     reason: str | None = refusal(gm)
     if reason is None:
         try:
             program = build_program(gm, config)
-            sessions.register(program, identities)
+            registry.register(program, identities)
             return program
         except NoResidualStreamError:
             if config.on_error == "raise":

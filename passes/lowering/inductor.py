@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from skipc.passes.fx_edit import fake_mode_of
 from torch import fx
 
 from skipc.ir.config import Config
@@ -99,8 +100,7 @@ def overlapped_builds() -> Iterator[None]:
 def late_guards(gm: fx.GraphModule) -> Iterator[list[Any]]:
     """What was assumed about the sizes of ``gm`` while this was open, sympy expressions, is in the list afterwards.
     (Dynamo freezes its ShapeEnv when it is done with a graph, after which assumptions are dropped without a word.)"""
-    values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
-    mode = next((v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor)), None)
+    mode = fake_mode_of(gm.graph)
     shape_env = mode.shape_env if mode is not None else None
     found: list[Any] = []
     if shape_env is None:
@@ -125,7 +125,7 @@ def compile_region(gm: fx.GraphModule, config: Config, checked: bool = True) -> 
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     values = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
-    mode = next((v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor)), None)
+    mode = fake_mode_of(gm.graph)
     inner: list[Any] = []
 
     def keep_inner(*args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ from skipc.passes.lowering.measuring import measure, points_of
 from skipc.passes.lowering.regions import Region, as_it_is
 from skipc.passes.lowering.structure import structure_of, translate
 from skipc.passes.manager import PassManager
-from skipc.passes.ops import is_parameter_like, tensor, tensors
+from skipc.passes.ops import is_parameter_like, path_of, tensor, tensors
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams
 from skipc.passes.substitute_weights import weight_name
@@ -369,9 +369,7 @@ def _variable_names(graph: fx.Graph, partition: Partition) -> dict[fx.Node, str]
         if node in names or node.op in ("output", "get_attr"):
             continue
         if node.op == "placeholder":
-            source = getattr(getattr(node, "_dynamo_source", None), "name", "") or node.name
-            source = re.sub(r"_(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", source)
-            claim(node, re.sub(r"^L\['(?:self|args|kwargs|fn)'\]", "", source))
+            claim(node, re.sub(r"^L\['(?:self|args|kwargs|fn)'\]", "", path_of(node) or node.name))
         else:
             claim(node, node.name)
     return names

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from skipc.runtime import sessions
+from skipc.runtime import registry
 from transformers import CompileConfig
 
 import skipc
@@ -17,7 +17,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_to
 
 
 def compilations() -> int:
-    return sum(sessions._compiled.values())
+    return sum(registry._compiled.values())
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from skipc.passes.fx_edit import copy_graph
 from skipc.passes.token_wise import token_dims
-from skipc.runtime import sessions
+from skipc.runtime import registry
 
 import skipc
 from tests.harness import STRICT
@@ -157,5 +157,5 @@ def test_an_attention_is_split_where_its_keys_are_written(form: str) -> None:
     torch.testing.assert_close(found, torch.where(runs[..., None], full, x))
     torch.testing.assert_close(cache, kept)
     assert count == counted
-    (program,) = (p for p in sessions._programs if p.site_names == {"o"})
+    (program,) = (p for p in registry._programs if p.site_names == {"o"})
     assert any(s.queries is not None for s in program.spec.steps) == (form == "")

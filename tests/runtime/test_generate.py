@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from skipc.runtime import sessions
+from skipc.runtime import registry
 from skipc.runtime.chaining import chains_of
 from skipc.runtime.generation import cache_length
 from transformers import StaticCache
@@ -38,9 +38,9 @@ def test_tokens_of_transformers_without_guards(llama: tuple[Any, Any]) -> None:
     replay = compiled._decoder.replay
     assert replay.refused is None
     assert replay.replayed == 2 * (19 - 2)
-    before = sum(sessions._compiled.values())
+    before = sum(registry._compiled.values())
     skipc.generate(compiled, prompt(length=11), max_new_tokens=20)
-    assert sum(sessions._compiled.values()) == before, "a third prompt length compiled again"
+    assert sum(registry._compiled.values()) == before, "a third prompt length compiled again"
 
 
 def test_other_sizes_keep_the_kernels(llama: tuple[Any, Any]) -> None:
@@ -55,10 +55,10 @@ def test_other_sizes_keep_the_kernels(llama: tuple[Any, Any]) -> None:
         assert decoder.length == cache_length(7 + new)
         program = decoder.replay._last[0]
         assert len(chains_of(program.spec, program.exact)) == 1
-    before = sum(sessions._compiled.values())
+    before = sum(registry._compiled.values())
     skipc.generate(compiled, prompt(2), max_new_tokens=10)
     assert compiled._decoder is decoder, "a longer cache serves shorter requests"
-    assert sum(sessions._compiled.values()) == before
+    assert sum(registry._compiled.values()) == before
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(1, 256), (256, 256), (257, 384), (385, 512), (1025, 1536)])

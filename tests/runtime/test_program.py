@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from skipc.kernels import native
-from skipc.runtime import sessions
+from skipc.runtime import registry
 from skipc.runtime.chaining import chains_of
 from torch import nn
 from transformers import StaticCache
@@ -117,7 +117,7 @@ def test_a_decode_step_is_one_chain_and_sees_new_weights(decoder: tuple[Any, Any
 
 def compiled_programs(model: Any) -> list[Any]:
     used = {id(p) for p in (*model.parameters(), *model.buffers())}
-    return [p for p, parameters in sessions._programs.items() if parameters <= used]
+    return [p for p, parameters in registry._programs.items() if parameters <= used]
 
 
 @pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from skipc.kernels.similarity import reached
-from skipc.runtime import gating, sessions
+from skipc.runtime import gating, registry
 
 import skipc
 from tests.harness import STRICT
@@ -36,7 +36,7 @@ def test_regions_take_the_similarity_of_their_stream(name: str, monkeypatch: Any
         assert found.keys() == truth.keys()
         assert found == pytest.approx(truth, abs=1e-6)
     assert session.stats().recompiles == 0
-    (program,) = {p for p in sessions._programs if p.site_names == frozenset(truth)}
+    (program,) = {p for p in registry._programs if p.site_names == frozenset(truth)}
     assert all(step.moments in step.arms[0].outputs for step in program.spec.steps if step.sites)
 
 

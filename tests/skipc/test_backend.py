@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from skipc.runtime import sessions
+from skipc.runtime import registry
 
 import skipc
 from tests.harness import STRICT, assert_no_further, eager_skip
@@ -17,7 +17,7 @@ from tests.models.zoo import ZOO, HandWritten, ids
 
 
 def compilations() -> int:
-    return sum(sessions._compiled.values())
+    return sum(registry._compiled.values())
 
 
 def test_entry_point_needs_no_import() -> None:
@@ -37,8 +37,8 @@ def test_entry_point_needs_no_import() -> None:
         with torch.no_grad():
             x = torch.randn(2, 3, 8)
             torch.testing.assert_close(f(x), m(x))
-        from skipc.runtime import sessions
-        assert sum(sessions._compiled.values()) == 1
+        from skipc.runtime import registry
+        assert sum(registry._compiled.values()) == 1
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=300)
 
