@@ -14,7 +14,8 @@ from common import console, save
 from rich.table import Table
 
 import skipc
-from skipc.calibration.measure import english_text, perplexity, token_windows
+from skipc.calibration.measure import perplexity
+from skipc.calibration.text import english_text, token_windows
 from skipc.calibration.similarity import Similarities, measure_similarity
 from skipc.smollm2 import load_smollm2
 

@@ -18,7 +18,7 @@ from common import console, save
 from rich.table import Table
 
 import skipc
-from skipc.calibration.measure import english_text
+from skipc.calibration.text import english_text
 from skipc.calibration.similarity import measure_similarity
 
 

@@ -20,7 +20,7 @@ from common import check_load, console, keep_freed_memory, ratio, save
 from rich.table import Table
 
 import skipc
-from skipc.calibration.measure import english_text, token_windows
+from skipc.calibration.text import english_text, token_windows
 from skipc.calibration.similarity import measure_similarity
 from skipc.smollm2 import load_smollm2
 

@@ -22,7 +22,7 @@ from rich.table import Table
 import skipc
 from skipc.calibration.batches import batches_of, call_on
 from skipc.calibration.distillation import distill
-from skipc.calibration.measure import english_text, token_windows
+from skipc.calibration.text import english_text, token_windows
 from skipc.calibration.thinning import thin
 from skipc.smollm2 import load_smollm2
 

@@ -13,7 +13,7 @@ from common import console, save
 from rich.progress import track
 
 import skipc
-from skipc.calibration.measure import english_text
+from skipc.calibration.text import english_text
 from skipc.smollm2 import load_smollm2
 
 

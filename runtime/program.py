@@ -21,7 +21,7 @@ from skipc.runtime.replay import note_call
 from skipc.runtime.rows import gathered, queried, unseen
 from skipc.runtime.variants import CompileFor, Variants
 
-from skipc.ir.errors import PassError
+from skipc.ir.errors import PassError, PlanError
 from skipc.ir.plan import Plan
 from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Size, Step, Var
 
@@ -68,6 +68,7 @@ class Program:
         self.partial = partial  # why this graph is not the whole model, if so
         self.huge_pages = huge_pages
         self.variants = Variants(self, compile_for)
+        self.plan: Plan | None = None  # what calls run under, unless their session brings a plan
         self.exact: Arms = (0,) * len(spec.steps)
         self.site_names = frozenset(s.name for s in spec.sites)
         self._bound: dict[Selection, Callable[..., tuple[Any, ...]]] = {}
@@ -108,9 +109,23 @@ class Program:
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         session = sessions.session_for(self.parameters_of(inputs)) if sessions.any_open() else None
-        outputs = self.run(inputs, self.exact) if session is None else session.call(self, inputs)
+        outputs = self._alone(inputs) if session is None else session.call(self, inputs)
         note_call(self, inputs, outputs)
         return outputs
+
+    def _alone(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """A call without a session."""
+        if self.plan is None:
+            return self.run(inputs, self.exact)
+        program, inputs = self.variants.under(self.plan, inputs)
+        return program.run(inputs, program.arms_under(self.plan))
+
+    def arms_under(self, plan: Plan) -> Arms:
+        """The arms that ``plan`` asks for; where the caller keeps keys, attentions that are left out write them."""
+        try:
+            return self.arms_for(plan.skip, plan.kv or self.default_kv)
+        except PlanError:
+            return self.arms_for(plan.skip, "project")
 
     def repeated(self, inputs: Sequence[Any]) -> Repeated:
         """The program on inputs that stay."""
@@ -287,7 +302,13 @@ class Repeated:
             for other in self._under.values():
                 other._checked.clear()
         session = sessions.session_for(self._parameters) if sessions.any_open() else None
-        return self.run(self.program.exact) if session is None else session.call(self.program, self.inputs, self)
+        if session is not None:
+            return session.call(self.program, self.inputs, self)
+        plan = self.program.plan
+        if plan is None:
+            return self.run(self.program.exact)
+        other = self.under(plan)
+        return other.run(other.program.arms_under(plan))
 
     def under(self, plan: Plan) -> Repeated:
         """The same for the weights of a plan."""

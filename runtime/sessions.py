@@ -52,7 +52,8 @@ class Session:
         record: keep what each call did as :attr:`route`.
         route: do what a recorded route says, call by call.
         plan: sites to skip, and weights to run with in the place of the model's. It goes with all of the above, where
-            it skips nothing.
+            it skips nothing. None: that of the preset that the model was compiled with, if so; ``Plan()`` is the whole
+            model.
 
     Raises:
         UnknownSiteError: for a name that the model has no site of.
@@ -91,7 +92,7 @@ class Session:
             raise SessionError("record goes without measure")
         steered = policy is not None or route is not None or record
         self.steering = Steering(policy or Static(self.skip), record, route) if steered else None
-        self.kv = kv
+        self.kv = kv if kv is not None or plan is None else plan.kv
         self.measuring = measure
         self.parameters = _parameters(model)
         self._counts: Counter[tuple[Program, Arms | frozenset[str]]] = Counter()  # by arms, or by what was skipped
@@ -175,19 +176,29 @@ class Session:
             raise FallbackError(f"a session cannot skip in a model with graph breaks: {program.partial}")
         if self.skip and program not in self._checked:
             self._check(program, inputs)
-        if self.plan is not None and self.plan.weights:
+        preset = program.plan if self.plan is None else None
+        plan = preset or self.plan
+        if plan is not None and plan.weights:
             if self._unused:
                 self._unused.difference_update(name for name, _ in program.spec.weights)
             if repeated is not None:
-                repeated = repeated.under(self.plan)
+                repeated = repeated.under(plan)
                 program, inputs = repeated.program, repeated.inputs
             else:
-                program, inputs = program.variants.under(self.plan, inputs)
+                program, inputs = program.variants.under(plan, inputs)
         run = repeated.run if repeated is not None else None
         kv = self.kv or program.default_kv
         if self.steering is not None:
+            if preset is not None and preset.skip:
+                raise SessionError("the preset's plan leaves out sites, which goes with no policy: open the session "
+                                   "with plan=skipc.Plan() to run the whole model")  # fmt: skip
             return self._steered(self.steering, program, inputs, kv, run)
-        arms = program.arms_for(self.skip, kv)
+        if preset is None:
+            arms = program.arms_for(self.skip, kv)
+        elif not self.skip:
+            arms = program.arms_under(preset)
+        else:
+            arms = program.arms_for(self.skip | preset.skip, self.kv or preset.kv or program.default_kv)
         with self._lock:
             self._counts[program, arms] += 1
         if not self.measuring:

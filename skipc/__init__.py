@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skipc.calibration.calibrate import calibrate
+    from skipc.calibration.profile import Profile
     from skipc.explanation import Explanation, explain, find_sites
     from skipc.ir.config import Config, list_options
     from skipc.ir.errors import (
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
         NoResidualStreamError,
         PassError,
         PlanError,
+        ProfileError,
         SessionError,
         SessionThreadError,
         SkipcError,
@@ -52,11 +55,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "skipc.calibration.calibrate": ["calibrate"],
+    "skipc.calibration.profile": ["Profile"],
     "skipc.explanation": ["Explanation", "explain", "find_sites"],
     "skipc.ir.config": ["Config", "list_options"],
     "skipc.ir.errors": [
         "AlreadyCompiledError", "ConfigError", "FallbackError", "NoResidualStreamError", "PassError",
-        "PlanError", "SessionError", "SessionThreadError", "SkipcError", "UnknownSiteError", "VersionError",
+        "PlanError", "ProfileError", "SessionError", "SessionThreadError", "SkipcError", "UnknownSiteError", "VersionError",
     ],
     "skipc.ir.site": ["Reason", "Rejection", "Site", "SiteKind", "SiteReport"],
     "skipc.model": ["CompiledModel", "compile", "session"],
@@ -77,9 +82,9 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AdaSkip", "AlreadyCompiledError", "Call", "CompiledModel", "Config", "ConfigError", "EarlyExit", "Explanation",
     "FFNSkip", "FallbackError", "GateTable", "Lagged", "NoResidualStreamError", "Observe", "PassError", "Plan",
-    "PlanError", "Policy", "PredictionExit", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError",
+    "PlanError", "Policy", "PredictionExit", "Profile", "ProfileError", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError",
     "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static",
-    "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "compile", "explain", "find_sites", "generate",
+    "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites", "generate",
     "list_options", "package", "session",
 ]  # fmt: skip
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from skipc.ir.config import Config
-from skipc.ir.errors import ConfigError, NoResidualStreamError, PlanError, SkipcError, UnknownSiteError
+from skipc.ir.config import BUDGETS, Config
+from skipc.ir.errors import ConfigError, NoResidualStreamError, PlanError, ProfileError, SkipcError, UnknownSiteError
+from skipc.ir.plan import Plan
 from skipc.passes.base import Pass, PassContext
 from skipc.passes.fx_edit import copy_graph
 from skipc.passes.lowering.inductor import check_torch_version, compile_whole, late_guards
@@ -20,7 +21,7 @@ from skipc.passes.lowering.whole import lower_cond, lower_static
 from skipc.passes.manager import PassManager
 from skipc.passes.ops import is_parameter_like, is_random, op_name, switches_autocast_off, tensors
 from skipc.passes.pipeline import REGION_PIPELINE
-from skipc.passes.substitute_weights import substitute_weights
+from skipc.passes.substitute_weights import substitute_weights, weight_name
 from skipc.runtime import registry
 from skipc.runtime.graph_program import CondProgram, StaticProgram
 from skipc.runtime.program import Fallback, Program
@@ -84,13 +85,14 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     if reason is None:
         try:
             program = build_program(gm, config)
+            program.plan = preset_plan(program, gm, example_inputs, config)
             registry.register(program, identities)
             return program
         except NoResidualStreamError:
             if config.on_error == "raise":
                 raise
             reason = FallbackReason.NO_STREAM
-        except (ConfigError, PlanError, UnknownSiteError):
+        except (ConfigError, PlanError, ProfileError, UnknownSiteError):
             raise
         except Exception as error:
             if config.on_error == "raise":
@@ -101,6 +103,25 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         raise SkipcError(reason)
     log.warning("running plain Inductor: %s", reason)
     return Fallback(compile_whole(copy_graph(gm), example_inputs, config), reason, parameters)
+
+
+def preset_plan(program: Program, gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Plan | None:
+    """What a preset has calls run under.
+
+    Raises:
+        ProfileError: if the profile cannot be read, or is for another checkpoint.
+    """
+    if config.preset not in BUDGETS:
+        return None
+    if program.partial:
+        log.warning("preset %r does nothing: the model has a graph break (%s)", config.preset, program.partial)
+        return None
+    from skipc.calibration.profile import plan_for
+
+    named = {weight_name(n): v for n, v in zip(_placeholders(gm), example_inputs, strict=True)}
+    named.pop(None, None)
+    assert config.profile is not None
+    return plan_for(config.profile, BUDGETS[config.preset], named)
 
 
 def build_program(gm: fx.GraphModule, config: Config) -> Program:

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 
-from skipc.calibration.measure import SiteMeasurement, english_text, measure_sites, perplexity, token_windows
+from skipc.calibration.measure import SiteMeasurement, measure_sites, perplexity
+from skipc.calibration.text import english_text, token_windows
 from skipc.dynamo import compile_isolated
 from skipc.model import CompiledModel
 from skipc.model import compile as compile_model

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.func import functional_call
+
+from skipc.ir.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,59 @@ def batches_of(model: torch.nn.Module, given: Iterable[Any]) -> list[Batch]:
     return made
 
 
-def call_on(model: torch.nn.Module, batch: Batch, weights: Mapping[str, torch.Tensor] | None = None) -> Any:
-    """What ``model`` gives for ``batch``, with some of its parameters replaced."""
-    return functional_call(model, dict(weights or {}), (), dict(batch.inputs), tie_weights=False)
+def call_on(
+    model: torch.nn.Module,
+    batch: Batch,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    skip: Iterable[str] = (),
+) -> Any:
+    """What ``model`` gives for ``batch``, with some of its parameters replaced and some sites left out."""
+    with left_out(model, skip):
+        return functional_call(model, dict(weights or {}), (), dict(batch.inputs), tie_weights=False)
+
+
+@contextmanager
+def left_out(model: torch.nn.Module, skip: Iterable[str]) -> Iterator[None]:
+    """Have the modules of these sites add nothing.
+
+    Raises:
+        PlanError: for a site that no module stands for.
+    """
+    handles = [module_of(model, name).register_forward_hook(_nothing) for name in skip]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def module_of(model: torch.nn.Module, site: str) -> torch.nn.Module:
+    """The module whose output is what a site adds.
+
+    Raises:
+        PlanError: if there is none.
+    """
+    try:
+        return model.get_submodule(site)
+    except AttributeError:
+        raise PlanError(f"{site} is the output of no module of its own, so it cannot be left out in eager") from None
+
+
+def _nothing(module: torch.nn.Module, args: Any, output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return torch.zeros_like(output)
+    return type(output)((torch.zeros_like(output[0]), *output[1:]))
+
+
+def in_half(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 matrix products where the machine has units for them: for statistics and training, not for judging."""
+    fast = device.type != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    return next(model.parameters()).device
 
 
 def result_of(output: Any) -> torch.Tensor:
@@ -68,3 +121,9 @@ def result_of(output: Any) -> torch.Tensor:
     if isinstance(output, torch.Tensor):
         return output
     return result_of(next(v for v in (output.values() if isinstance(output, Mapping) else output) if v is not None))
+
+
+def valid_rows(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """``[batch, tokens, ...]`` as fp32 ``[valid tokens, ...]``."""
+    rows = values.flatten(0, -2).float()
+    return rows if batch.valid is None or batch.valid.numel() != len(rows) else rows[batch.valid.flatten()]

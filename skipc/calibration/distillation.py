@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from skipc.calibration.batches import Batch, call_on, result_of
+from skipc.calibration.batches import Batch, call_on, device_of, in_half, result_of, valid_rows
 from skipc.ir.errors import PlanError
 from skipc.ir.plan import Plan
 
@@ -36,37 +36,36 @@ def distill(
         progress: wraps an iterable, as ``tqdm`` or ``rich`` do.
 
     Raises:
-        PlanError: if the plan skips sites, which training would not see.
+        PlanError: if the plan has no weights.
     """
-    if plan.skip:
-        raise PlanError(f"plans that skip sites cannot be trained: {', '.join(sorted(plan.skip))}")
+    if not plan.weights:
+        raise PlanError("the plan has no weights to train")
     own = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
     weights = {name: value.detach().float().clone().requires_grad_() for name, value in plan.weights.items()}
-    optimizer = torch.optim.Adam(weights.values(), lr=rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(weights.values(), lr=rate, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in progress(range(steps)) if progress else range(steps):
         order = order or torch.randperm(len(batches), generator=generator).tolist()
         batch = batches[order.pop()]
-        with torch.no_grad():
-            truth = call_on(model, batch)
-        with torch.enable_grad():
-            loss = divergence(truth, call_on(model, batch, {**own, **_cast(weights, own)}), batch)
+        with in_half(device_of(model)):
+            with torch.no_grad():
+                truth = call_on(model, batch)
+            with torch.enable_grad():
+                loss = divergence(truth, call_on(model, batch, {**own, **_cast(weights, own)}, plan.skip), batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
         schedule.step()
-    return Plan(weights={name: value.detach().to(own[name].dtype) for name, value in weights.items()})
+    return Plan(plan.skip, {name: value.detach().to(own[name].dtype) for name, value in weights.items()})
 
 
 def divergence(truth: Any, found: Any, batch: Batch) -> torch.Tensor:
     """How far a model's results are from the truth, mean over valid tokens: the Kullback-Leibler divergence of its
     distribution of the next token, in nats; of hidden states, their squared distance, relative to the truth's."""
-    a, b = result_of(truth).flatten(0, -2).float(), result_of(found).flatten(0, -2).float()
-    if batch.valid is not None and batch.valid.numel() == len(a):
-        a, b = a[batch.valid.flatten()], b[batch.valid.flatten()]
+    a, b = valid_rows(result_of(truth), batch), valid_rows(result_of(found), batch)
     if isinstance(getattr(truth, "logits", None), torch.Tensor):
         return F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
     return (a - b).pow(2).sum() / a.pow(2).sum()

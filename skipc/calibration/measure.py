@@ -13,26 +13,6 @@ import torch.nn.functional as F
 from skipc.model import CompiledModel
 
 
-def english_text() -> str:
-    """Some 400,000 characters of plain English that come with CPython: the topics of ``help()``."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def token_windows(tokenizer: Any, text: str, tokens: int, count: int) -> list[torch.Tensor]:
-    """``count`` disjoint stretches of ``text``, evenly spread, each int64 [1, tokens].
-
-    Raises:
-        ValueError: if the text is too short.
-    """
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
-    stride = ids.shape[1] // count
-    if stride < tokens:
-        raise ValueError(f"{ids.shape[1]} tokens of text hold no {count} windows of {tokens}")
-    return [ids[:, i * stride : i * stride + tokens] for i in range(count)]
-
-
 @torch.no_grad()
 def perplexity(model: Any, windows: Iterable[torch.Tensor]) -> float:
     """Perplexity of a causal language model over windows of int64 [batch, tokens], each judged on its own."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from skipc.calibration.batches import Batch, call_on
+from skipc.calibration.batches import Batch, call_on, device_of, in_half
 from skipc.ir.errors import PlanError, UnknownSiteError
 from skipc.ir.plan import Plan
 from skipc.ir.site import HiddenLayer, Site
@@ -35,13 +35,16 @@ class SecondMoments:
         self.tokens = 0
 
     @torch.no_grad()
-    def add(self, model: torch.nn.Module, batch: Batch, weights: Mapping[str, torch.Tensor]) -> None:
-        """Run ``model`` with ``weights`` in the place of its own on one batch."""
+    def add(
+        self, model: torch.nn.Module, batch: Batch, weights: Mapping[str, torch.Tensor], skip: Iterable[str] = ()
+    ) -> None:
+        """Run ``model`` with ``weights`` in the place of its own, and without some sites, on one batch."""
         handles = [
             _reader(model, layer).register_forward_hook(self._hook(name, batch)) for name, layer in self.layers.items()
         ]
         try:
-            call_on(model, batch, weights)
+            with in_half(device_of(model)):
+                call_on(model, batch, weights, skip)
         finally:
             for handle in handles:
                 handle.remove()
@@ -81,10 +84,12 @@ class Elimination:
     Attributes:
         order: int64 ``[width]``, the first to leave first.
         costs: float64 ``[width]``: the squared error that each adds, relative to the layer's whole output.
+        total: the square of that output.
     """
 
     order: torch.Tensor
     costs: torch.Tensor
+    total: float
 
     def kept(self, width: int) -> torch.Tensor:
         """The neurons of a layer of ``width``, in their old order."""
@@ -130,6 +135,7 @@ def eliminate(moments: torch.Tensor, columns: torch.Tensor, ridge: float = 1e-3,
     return Elimination(
         torch.tensor(order + rest),
         torch.tensor(costs + [torch.inf] * len(rest), dtype=torch.float64) / max(total, 1e-300),
+        total,
     )
 
 
@@ -145,14 +151,23 @@ def _ridged(moments: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 def thin_weights(
-    model: torch.nn.Module, layer: HiddenLayer, kept: torch.Tensor, columns: torch.Tensor
+    model: torch.nn.Module,
+    layer: HiddenLayer,
+    kept: torch.Tensor,
+    columns: torch.Tensor,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The parameters of an MLP with the ``kept`` neurons, and ``columns`` for the layer behind them."""
+    """The parameters of an MLP with the ``kept`` neurons of those it has in ``weights`` (else in the model), and
+    ``columns`` for the layer behind them."""
     made = {layer.columns: columns}
     for name, times in layer.rows:
-        value = model.get_parameter(name).detach()
+        value = _parameter(model, name, weights)
         made[name] = torch.cat([part[kept] for part in value.chunk(times)])
     return made
+
+
+def _parameter(model: torch.nn.Module, name: str, weights: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    return weights[name] if weights is not None and name in weights else model.get_parameter(name).detach()
 
 
 def hidden_layers(sites: Iterable[Site], names: Iterable[str]) -> dict[str, HiddenLayer]:
@@ -181,6 +196,8 @@ def thin(
     widths: Mapping[str, int],
     groups: int = 6,
     ridge: float = 1e-3,
+    orders: Mapping[str, Elimination] | None = None,
+    start: Plan | None = None,
     progress: Any = None,
 ) -> Plan:
     """A plan with narrower MLPs, fitted in sequence: later layers see what the earlier ones have become.
@@ -192,28 +209,35 @@ def thin(
         widths: neurons to keep, by site.
         groups: how many passes over the batches: layers of one group see none of the others.
         ridge: of the fits, relative to the mean second moment.
+        orders: in which neurons leave, by site; found on the way where there is none.
+        start: a plan to begin with, whose MLPs may be thin already; with ``orders``, by the same ones.
         progress: wraps an iterable, as ``tqdm`` or ``rich`` do.
 
     Raises:
         UnknownSiteError, PlanError: for sites that cannot be made thinner, or that no batch came to.
     """
     layers = hidden_layers(sites, widths)
-    for name, layer in layers.items():
-        if not 1 <= widths[name] <= layer.width:
-            raise PlanError(f"{name} has {layer.width} neurons, of which 1 or more are kept, not {widths[name]}")
-    names = [name for name, layer in layers.items() if widths[name] < layer.width]
+    start = start or Plan()
+    weights = dict(start.weights)
+    now = {name: _parameter(model, layer.columns, weights).shape[1] for name, layer in layers.items()}
+    for name in layers:
+        if not 1 <= widths[name] <= now[name]:
+            raise PlanError(f"{name} has {now[name]} neurons, of which 1 or more are kept, not {widths[name]}")
+    names = [name for name in layers if widths[name] < now[name]]
     size = -(-len(names) // groups) or 1
-    weights: dict[str, torch.Tensor] = {}
     rounds = [names[i : i + size] for i in range(0, len(names), size)]
     for members in progress(rounds) if progress else rounds:
         moments = SecondMoments({name: layers[name] for name in members})
         for batch in batches:
-            moments.add(model, batch, weights)
+            moments.add(model, batch, weights, start.skip)
         for name in members:
             if name not in moments.sums:
                 raise PlanError(f"{name} did not run on any of the batches")
             layer, found = layers[name], moments.sums.pop(name)
-            columns = model.get_parameter(layer.columns).detach()
-            kept = eliminate(found, columns, ridge, least=widths[name]).kept(widths[name])
-            weights |= thin_weights(model, layer, kept, refit(found, columns, kept, ridge))
-    return Plan(weights=weights)
+            columns = _parameter(model, layer.columns, weights)
+            if orders is not None and name in orders:
+                kept = torch.searchsorted(orders[name].kept(now[name]), orders[name].kept(widths[name]))
+            else:
+                kept = eliminate(found, columns, ridge, least=widths[name]).kept(widths[name])
+            weights |= thin_weights(model, layer, kept, refit(found, columns, kept, ridge), weights)
+    return Plan(start.skip, weights)

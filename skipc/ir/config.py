@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from os import PathLike, fspath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from skipc.ir.errors import ConfigError, nearest
 from skipc.ir.program import KVPolicy
+
+BUDGETS = {"balanced": 0.02, "fast": 0.10}  # loss that a preset may have
 
 
 class Config(BaseModel):
@@ -21,10 +24,14 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    preset: Literal["exact", "off"] = Field(
+    preset: Literal["exact", "balanced", "fast", "off"] = Field(
         "exact",
         description="exact: sites are outlined and can be skipped by a session; without one every site runs. "
-        "off: plain Inductor.",
+        "balanced, fast: without a session's own plan, calls run under the fastest plan of `profile` that loses at "
+        "most 2 %, or 10 %. off: plain Inductor.",
+    )
+    profile: str | None = Field(
+        None, description="Folder of the profile that presets balanced and fast take their plan from; see `calibrate`."
     )
     lowering: Literal["outline", "cond", "static"] = Field(
         "outline",
@@ -72,11 +79,18 @@ class Config(BaseModel):
                 options[key] = tuple(sorted(options[key]))
         if options.get("plan") and options.get("lowering") != "static":
             raise ConfigError("option 'plan' is for lowering='static'; elsewhere a session chooses what to skip")
-        if options.get("preset") in ("balanced", "fast"):
-            raise ConfigError(
-                f"preset {options['preset']!r} needs a calibration profile, which this release cannot make yet; "
-                "use preset 'exact' and choose the sites of a session with skip={...}"
-            )
+        if options.get("preset") in BUDGETS:
+            if not options.get("profile"):
+                raise ConfigError(
+                    f"preset {options['preset']!r} takes its plan from a profile: profile='folder', which "
+                    "`skipc calibrate MODEL --out folder` or skipc.calibrate(...).save('folder') makes"
+                )
+            if options.get("lowering", "outline") != "outline":
+                raise ConfigError(f"preset {options['preset']!r} needs lowering='outline'")
+        elif options.get("profile"):
+            raise ConfigError("option 'profile' is for presets 'balanced' and 'fast'")
+        if isinstance(options.get("profile"), PathLike):
+            options["profile"] = fspath(options["profile"])
         try:
             super().__init__(**options)
         except ValidationError as error:

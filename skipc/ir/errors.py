@@ -38,6 +38,10 @@ class PlanError(SkipcError, ValueError):
     """A plan asks for something that would give wrong answers, such as dropping keys that a caller keeps."""
 
 
+class ProfileError(SkipcError, ValueError):
+    """A calibration profile is damaged, of another version, or for another checkpoint."""
+
+
 class SessionError(SkipcError, RuntimeError):
     """A session could not be honoured. Raised rather than running something other than what was asked for."""
 

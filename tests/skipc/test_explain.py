@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import skipc
-from skipc.calibration.measure import english_text, measure_sites, perplexity
+from skipc.calibration.measure import measure_sites, perplexity
+from skipc.calibration.text import english_text
 from skipc.cli import main
 from tests.harness import STRICT
 from tests.models.zoo import ZOO, HandWritten, ids

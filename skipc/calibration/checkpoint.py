@@ -1,0 +1,33 @@
+"""Which checkpoint a model is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+
+
+def digest_of(weight: torch.Tensor) -> str:
+    """16 hexadecimal digits for a parameter's shape and values. Values count as bfloat16 has them, so that a checkpoint
+    is the same one in float32 and in bfloat16."""
+    value = weight.detach()
+    half = value.to("cpu", torch.bfloat16 if value.is_floating_point() else value.dtype).contiguous()
+    made = hashlib.sha256(f"{tuple(value.shape)} ".encode())
+    made.update(half.flatten().view(torch.uint8).numpy())
+    return made.hexdigest()[:16]
+
+
+def digests_of(model: torch.nn.Module) -> dict[str, str]:
+    """Digests of all parameters, by name; tied ones once."""
+    return {name: digest_of(value) for name, value in model.named_parameters()}
+
+
+def checkpoint_digest(digests: Mapping[str, str]) -> str:
+    """One digest for all."""
+    return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(digests.items())).encode()).hexdigest()[:16]
+
+
+def differing(known: Mapping[str, str], weights: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Names of parameters that are not those of the checkpoint, or not in it."""
+    return [name for name, value in weights if known.get(name) != digest_of(value)]

@@ -1,0 +1,204 @@
+"""Calibration from end to end on a small model: profiles, plans, presets, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import skipc
+from skipc.calibration.batches import batches_of, call_on
+from tests.harness import STRICT
+from tests.models.zoo import ZOO
+
+
+def text(seed: int = 0, count: int = 10) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 90, (2, 24), generator=generator) for _ in range(count)]
+
+
+def calibrated(folder: Path | None = None, **settings: Any) -> tuple[Any, skipc.Profile]:
+    torch._dynamo.reset()
+    model = ZOO["llama"].build()
+    given = {"cache": 63, "removals": (0.1, 0.3), "kinds": ["mlp"], "most_in_a_row": 0, "progress": False, **settings}
+    return model, skipc.calibrate(model, text(), folder=folder, **given)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, skipc.Profile, Path]:
+    folder = tmp_path_factory.mktemp("profile")
+    return *calibrated(folder), folder
+
+
+def test_a_profile_survives_its_files(made: Any) -> None:
+    _, profile, folder = made
+    again = skipc.Profile.load(folder)
+    assert str(again) == str(profile)
+    assert again.checkpoint == profile.checkpoint
+    assert again.sites == profile.sites
+    assert again.menu == profile.menu
+    for name, weights in profile.weights.items():
+        assert set(again.weights[name]) == set(weights)
+        for key, value in weights.items():
+            assert torch.equal(again.weights[name][key], value)
+    for timing in profile.timings:
+        assert again.costs.seconds(timing.regime, timing.shares) == pytest.approx(
+            profile.costs.seconds(timing.regime, timing.shares)
+        )
+    assert not (folder / "unfinished").exists()
+
+
+@torch.no_grad()
+def test_plans_run_as_eager_does(made: Any) -> None:
+    model, profile, _ = made
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    (batch,) = batches_of(model, text(7, 1))
+    for entry in profile.menu:
+        plan = profile.plan_of(entry)
+        assert set(plan.skip) == {n for n, s in entry.shares.items() if s == 0}
+        with compiled.session(plan=plan):
+            found = compiled(**batch.inputs).logits
+        torch.testing.assert_close(found, call_on(model, batch, plan.weights, plan.skip).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_menu_saves_what_was_asked(made: Any) -> None:
+    _, profile, _ = made
+    total = sum(profile.costs.of_site(profile.regime, name) for name in profile.sites)
+    for entry, asked in zip(profile.menu, (0.1, 0.3), strict=True):
+        spent = sum(profile.costs.of_site(profile.regime, n, entry.shares.get(n, 1.0)) for n in profile.sites)
+        assert 1 - spent / total == pytest.approx(entry.removed)
+        assert entry.removed >= asked - 1e-9
+        assert all(profile.sites[n].kind == "mlp" for n in entry.shares)
+
+
+def test_plans_by_budget_and_by_speed(made: Any, caplog: pytest.LogCaptureFixture) -> None:
+    _, profile, _ = made
+    most = max(e.judgement.loss for e in profile.menu)
+    fastest = max(profile.menu, key=profile.speedup)
+    assert profile.plan(budget=most).expected.name == fastest.name
+    plan = profile.plan(speedup=profile.speedup(fastest))
+    assert plan.expected.name == fastest.name
+    assert fastest.name in repr(plan)
+    assert not profile.plan(budget=-1.0).weights
+    assert "everything runs" in caplog.text
+    with pytest.raises(skipc.PlanError, match="no plan of the profile reaches 9x in decode, batch 2, context 32"):
+        profile.plan(speedup=9, batch=2, cache=31)
+    with pytest.raises(skipc.PlanError, match="a budget or for a speedup"):
+        profile.plan()
+
+
+@torch.no_grad()
+def test_presets_run_the_plan_of_the_profile(made: Any) -> None:
+    torch._dynamo.reset()
+    model, profile, folder = made
+    plan = profile.plan(budget=0.10)
+    assert plan.weights or plan.skip
+    ids = text(9, 1)[0]
+    expected = call_on(model, batches_of(model, [ids])[0], plan.weights, plan.skip).logits
+    compiled = torch.compile(model, backend="skipc", options={"preset": "fast", "profile": str(folder)}, fullgraph=True)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
+    with skipc.session(compiled, plan=skipc.Plan()):
+        whole = compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(whole, model(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+    with skipc.session(compiled, skip={"model.layers.0.self_attn"}) as session:
+        found = compiled(ids, use_cache=False).logits
+    assert session.stats().skipped["model.layers.0.self_attn"] == 1
+    skip = {"model.layers.0.self_attn", *plan.skip}
+    expected = call_on(model, batches_of(model, [ids])[0], plan.weights, skip).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    handle = skipc.compile(model, preset="fast", profile=folder)
+    with handle.session(plan=plan):
+        chosen = skipc.generate(handle, ids, max_new_tokens=12, eos_token_id=None)
+    assert torch.equal(skipc.generate(handle, ids, max_new_tokens=12, eos_token_id=None), chosen)
+
+
+def test_another_checkpoint_is_refused(made: Any) -> None:
+    torch._dynamo.reset()
+    _, profile, folder = made
+    other = ZOO["llama"].build()
+    profile.check(other)
+    profile.check(ZOO["llama"].build().to(torch.bfloat16))
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[3, 4] += 0.5
+    with pytest.raises(skipc.ProfileError, match=r"another checkpoint.*model\.layers\.1\.mlp\.down_proj\.weight"):
+        profile.check(other)
+    compiled = torch.compile(other, backend="skipc", options={"preset": "fast", "profile": str(folder)})
+    with pytest.raises(Exception, match="another checkpoint"), torch.no_grad():
+        compiled(text()[0], use_cache=False)
+    with pytest.raises(skipc.ProfileError, match="parameters differ"):
+        profile.check(ZOO["bert"].build())
+
+
+def test_damaged_files_are_refused(made: Any, tmp_path: Path) -> None:
+    _, _, folder = made
+
+    def broken(name: str) -> Path:
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        return copy
+
+    with pytest.raises(skipc.ProfileError, match="there is no profile"):
+        skipc.Profile.load(tmp_path / "nowhere")
+    copy = broken("cut")
+    (copy / "profile.json").write_text((copy / "profile.json").read_text()[:-40])
+    with pytest.raises(skipc.ProfileError, match="is damaged"):
+        skipc.Profile.load(copy)
+    copy = broken("version")
+    record = json.loads((copy / "profile.json").read_text())
+    (copy / "profile.json").write_text(json.dumps({**record, "version": 99}))
+    with pytest.raises(skipc.ProfileError, match="of version 99"):
+        skipc.Profile.load(copy)
+    (copy / "profile.json").write_text(json.dumps({**record, "effort": "heroic"}))
+    with pytest.raises(skipc.ProfileError, match="was edited"):
+        skipc.Profile.load(copy)
+    copy = broken("weights")
+    data = bytearray((copy / "plans.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "plans.safetensors").write_bytes(bytes(data))
+    with pytest.raises(skipc.ProfileError, match="is damaged, or belongs"):
+        skipc.Profile.load(copy)
+    (copy / "plans.safetensors").unlink()
+    with pytest.raises(skipc.ProfileError, match="is missing"):
+        skipc.Profile.load(copy)
+
+
+def test_calibration_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import skipc.calibration.calibrate as module
+
+    real = module.distill
+    calls: list[int] = []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "distill", failing)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(tmp_path)
+    assert (tmp_path / "unfinished" / "10%.json").exists()
+    monkeypatch.setattr(module.skipc, "compile", None)  # times are not measured again
+    _, profile = calibrated(tmp_path)
+    assert len(calls) == 3
+    assert [e.name for e in profile.menu] == ["10%", "30%"]
+
+
+def test_what_cannot_be_calibrated_is_refused() -> None:
+    model = ZOO["llama"].build()
+    with pytest.raises(TypeError, match="tokenizer"):
+        skipc.calibrate(model)
+    with pytest.raises(TypeError, match="5 batches or more"):
+        skipc.calibrate(model, text(count=3))
+    with pytest.raises(ValueError, match="effort is one of 'quick', 'thorough'"):
+        skipc.calibrate(model, text(), effort="huge")  # type: ignore[arg-type]
+    with pytest.raises(skipc.UnknownSiteError, match="did you mean"):
+        skipc.calibrate(model, text(), never=["model.layers.1.mpl"])
+    with pytest.raises(skipc.PlanError, match="does not decode"):
+        skipc.calibrate(ZOO["bert"].build(), [{"input_ids": t} for t in text()], phase="decode")
+    with pytest.raises(skipc.PlanError, match="training mode"):
+        skipc.calibrate(ZOO["llama"].build().train(), text())
