@@ -15,9 +15,9 @@ from rich.table import Table
 
 import skipc
 from skipc.calibration.measure import perplexity
-from skipc.calibration.text import english_text, token_windows
 from skipc.calibration.similarity import Similarities, measure_similarity
-from skipc.smollm2 import load_smollm2
+from skipc.calibration.text import english_text, token_windows
+from skipc.loading import load_smollm2
 
 
 def whole_layers(found: Similarities, layers: int) -> list[str]:

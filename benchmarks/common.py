@@ -19,6 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from skipc.runtime.huge_pages import back_with_huge_pages
 
+from skipc.calibration.timing import ratio
+
+__all__ = ["ratio"]
+
 console = Console(width=130)
 
 
@@ -50,16 +54,6 @@ def interleave(
                 if i >= warmup and (j > 0 or burst == 1):
                     times[name].append(time.perf_counter() - start)
     return times
-
-
-def ratio(a: Sequence[float], b: Sequence[float], resamples: int = 2000) -> tuple[float, float, float]:
-    """Median of ``a`` over median of ``b``, with a bootstrap 95 % interval over rounds."""
-    x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    index = torch.randint(len(x), (resamples, len(x)), generator=generator)
-    drawn = x[index].median(dim=1).values / y[index].median(dim=1).values
-    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return statistics.median(a) / statistics.median(b), low, high
 
 
 def keep_freed_memory() -> None:

@@ -15,7 +15,7 @@ import torch
 from common import bandwidth, cell_main, check_load, compare, grid_options, peers, run_grid, table
 
 import skipc
-from skipc.smollm2 import load_smollm2
+from skipc.loading import load_smollm2
 
 NAMES = ["eager", "inductor", "inductor max", "skipc step", "skipc generate"]
 

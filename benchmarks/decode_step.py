@@ -30,7 +30,7 @@ def main(rounds: int, threads: int, dtype: str, cache_length: int, path: str | N
     """Compare decode steps."""
     from transformers import StaticCache
 
-    from skipc.smollm2 import load_smollm2
+    from skipc.loading import load_smollm2
 
     torch.set_num_threads(threads)
     model, _ = load_smollm2(getattr(torch, dtype))

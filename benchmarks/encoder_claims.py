@@ -18,8 +18,8 @@ from common import console, save
 from rich.table import Table
 
 import skipc
-from skipc.calibration.text import english_text
 from skipc.calibration.similarity import measure_similarity
+from skipc.calibration.text import english_text
 
 
 def batches_of(tokenizer: Any, text: str, count: int, rows: int, tokens: int) -> list[dict[str, Any]]:

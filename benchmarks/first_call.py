@@ -23,7 +23,7 @@ def measure(backend: str, threads: int) -> dict[str, float]:
     from torch._dynamo.utils import compilation_time_metrics
     from transformers import StaticCache
 
-    from skipc.smollm2 import load_smollm2
+    from skipc.loading import load_smollm2
 
     torch.set_num_threads(threads)
     model, _ = load_smollm2()

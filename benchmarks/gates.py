@@ -17,7 +17,7 @@ from common import check_load, console, keep_freed_memory, ratio, save
 from rich.table import Table
 
 import skipc
-from skipc.smollm2 import load_smollm2
+from skipc.loading import load_smollm2
 
 POLICIES: dict[str, Callable[[], skipc.Policy] | None] = {
     "exact": None,

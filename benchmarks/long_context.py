@@ -20,9 +20,9 @@ from common import check_load, console, keep_freed_memory, ratio, save
 from rich.table import Table
 
 import skipc
-from skipc.calibration.text import english_text, token_windows
 from skipc.calibration.similarity import measure_similarity
-from skipc.smollm2 import load_smollm2
+from skipc.calibration.text import english_text, token_windows
+from skipc.loading import load_smollm2
 
 
 def policies_of(compiled: Any, windows: list[torch.Tensor]) -> dict[str, Callable[[], skipc.Policy] | None]:

@@ -12,7 +12,7 @@ import click
 import torch
 from common import cell_main, check_load, compare, grid_options, peers, run_grid, table
 
-from skipc.smollm2 import load_smollm2
+from skipc.loading import load_smollm2
 
 NAMES = ["eager", "inductor", "inductor max", "skipc step"]
 

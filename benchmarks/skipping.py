@@ -19,7 +19,7 @@ from common import check_load, console, keep_freed_memory, save
 from rich.table import Table
 
 import skipc
-from skipc.smollm2 import load_smollm2
+from skipc.loading import load_smollm2
 
 SHARES = [0.0, 0.25, 0.5, 0.75, 1.0]
 

@@ -17,7 +17,7 @@ from common import check_load, console, keep_freed_memory, ratio, save
 from rich.table import Table
 
 import skipc
-from skipc.smollm2 import load_smollm2
+from skipc.loading import load_smollm2
 
 SHARES = [1.0, 0.75, 0.5, 0.25, 0.0]
 

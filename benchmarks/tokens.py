@@ -14,7 +14,7 @@ from rich.progress import track
 
 import skipc
 from skipc.calibration.text import english_text
-from skipc.smollm2 import load_smollm2
+from skipc.loading import load_smollm2
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import sympy
-from skipc.passes.ops import argument, is_parameter_like, op_name, tensor
+from skipc.passes.ops import is_parameter_like, op_name, tensor
 from skipc.passes.residual import Streams
 from torch import fx
 
@@ -52,34 +52,58 @@ def _work(branch: list[fx.Node], names: dict[sympy.Expr, sympy.Symbol]) -> Work:
     weights: dict[fx.Node, None] = {}
     products = attention = cached = sympy.Integer(0)
     for node in branch:
-        own = [n for n in node.all_input_nodes if is_parameter_like(n)]
-        weights |= dict.fromkeys(own)
+        for operand in node.all_input_nodes:
+            weights |= dict.fromkeys(_parameters_behind(operand))
         out, name = tensor(node), op_name(node)
-        if name in ("scaled_dot_product_attention", "grouped_attention"):
-            named = name != "grouped_attention"  # torch's op may be given its operands by name
-            operands = [argument(node, p) for p in ("query", "key", "value")] if named else node.args[:3]
-            q, k, v = (tensor(a) for a in operands)
+        if name in _ATTENTIONS:
+            q, k, v = (tensor(_operand(node, i, p)) for i, p in enumerate(("query", "key", "value")))
             if q is not None and k is not None and v is not None:
                 rows, seen = _numel(q.shape[:-1]), _expression(k.shape[-2])
                 attention += 2 * rows * seen * (_expression(q.shape[-1]) + _expression(v.shape[-1]))
                 cached += _numel(k.shape) + _numel(v.shape)
         elif name in _PRODUCTS and out is not None:
-            inner = tensor(node.args[0])
-            if inner is not None and inner.dim() and out.dim():
-                flops = 2 * _numel(out.shape) * _expression(inner.shape[-1])
-                if own:
-                    products += flops
-                else:
-                    attention += flops
-                    operand = tensor(node.args[1]) if len(node.args) > 1 else None
-                    cached += _numel(operand.shape) if operand is not None else 0
+            first = 1 if name in _WITH_SUM else 0
+            left, right = (_operand(node, first + i, p) for i, p in enumerate(("input", "weight")))
+            inner, other = tensor(left), tensor(right)
+            if inner is None or other is None or not inner.dim():
+                continue
+            flops = 2 * _numel(out.shape) * _expression(inner.shape[-1])
+            if _parameters_behind(right) or _parameters_behind(left):
+                products += flops
+            else:
+                attention += flops
+                cached += _numel(other.shape)
     products, attention, cached = (sympy.expand(e.subs(names)) for e in (products, attention, cached))
-    # Without a cache the context is the call's own tokens: what grows with their square is tokens times context.
-    attention = attention.subs(TOKENS**2, TOKENS * CONTEXT)
-    return Work(sum(_count(n) for n in weights), products, attention, cached.subs(TOKENS, CONTEXT))
+    return Work(sum(_count(n) for n in weights), products, _over_context(attention), cached.subs(TOKENS, CONTEXT))
 
 
+_ATTENTIONS = frozenset(["scaled_dot_product_attention", "grouped_attention"])
 _PRODUCTS = frozenset(["linear", "matmul", "__matmul__", "bmm", "addmm", "mm", "baddbmm"])
+_WITH_SUM = frozenset(["addmm", "baddbmm"])  # what is added comes first
+
+
+def _operand(node: fx.Node, at: int, name: str) -> Any:
+    return node.args[at] if len(node.args) > at else node.kwargs.get(name)
+
+
+def _parameters_behind(node: Any) -> list[fx.Node]:
+    """The parameters that a value is made of, if it is made of nothing else."""
+    if not isinstance(node, fx.Node):
+        return []
+    if is_parameter_like(node):
+        return [node]
+    if node.op == "placeholder" or not node.all_input_nodes:
+        return []
+    behind = [_parameters_behind(n) for n in node.all_input_nodes]
+    return [p for found in behind for p in found] if all(behind) else []
+
+
+def _over_context(attention: sympy.Expr) -> sympy.Expr:
+    """Without a cache the context is the call's own tokens: what grows with their square is tokens times context."""
+    found = sympy.Integer(0)
+    for (power,), factor in sympy.Poly(attention, TOKENS).terms():
+        found += factor * (TOKENS**power if power < 2 else TOKENS ** (power - 1) * CONTEXT)
+    return sympy.expand(found)
 
 
 def _count(weight: fx.Node) -> int:

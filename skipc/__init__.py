@@ -60,8 +60,8 @@ _HOME = {
     "skipc.explanation": ["Explanation", "explain", "find_sites"],
     "skipc.ir.config": ["Config", "list_options"],
     "skipc.ir.errors": [
-        "AlreadyCompiledError", "ConfigError", "FallbackError", "NoResidualStreamError", "PassError",
-        "PlanError", "ProfileError", "SessionError", "SessionThreadError", "SkipcError", "UnknownSiteError", "VersionError",
+        "AlreadyCompiledError", "ConfigError", "FallbackError", "NoResidualStreamError", "PassError", "PlanError",
+        "ProfileError", "SessionError", "SessionThreadError", "SkipcError", "UnknownSiteError", "VersionError",
     ],
     "skipc.ir.site": ["Reason", "Rejection", "Site", "SiteKind", "SiteReport"],
     "skipc.model": ["CompiledModel", "compile", "session"],
@@ -82,10 +82,10 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AdaSkip", "AlreadyCompiledError", "Call", "CompiledModel", "Config", "ConfigError", "EarlyExit", "Explanation",
     "FFNSkip", "FallbackError", "GateTable", "Lagged", "NoResidualStreamError", "Observe", "PassError", "Plan",
-    "PlanError", "Policy", "PredictionExit", "Profile", "ProfileError", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError",
-    "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static",
-    "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites", "generate",
-    "list_options", "package", "session",
+    "PlanError", "Policy", "PredictionExit", "Profile", "ProfileError", "Reason", "Rejection", "Route", "Routed",
+    "Session", "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode",
+    "SkipcError", "Static", "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile",
+    "explain", "find_sites", "generate", "list_options", "package", "session",
 ]  # fmt: skip
 
 

@@ -36,35 +36,147 @@ def demo(out: Path, tokens: int, threads: int | None) -> None:
     run(out, tokens, threads)
 
 
-@main.command()
+_MODEL = "MODEL is a folder with a Hugging Face model, `smollm2` or `minilm`."
+
+
+@main.command(help=f"Show the sites of a model. {_MODEL}")
 @click.argument("model", default="smollm2")
 @click.option("--program", is_flag=True, help="Also print the host program.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Folder of a profile, to be shown, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def explain(model: str, program: bool, as_json: bool) -> None:
-    """Show the sites of MODEL: a folder with a Hugging Face causal language model, or `smollm2`."""
+def explain(model: str, program: bool, profile: Path | None, as_json: bool) -> None:
+    """Print an explanation."""
     import skipc
+    from skipc.calibration.batches import batches_of
 
-    explanation = skipc.explain(_load(model), _token_ids(), use_cache=False)
+    loaded, _ = _load(model)
+    (batch,) = batches_of(loaded, [_token_ids()])
+    explanation = skipc.explain(loaded, **batch.inputs)
+    known = _profile(profile, loaded) if profile is not None else None
     if as_json:
-        click.echo(json.dumps(explanation.to_dict(), indent=1))
+        record = explanation.to_dict()
+        if known is not None:
+            record["profile"] = json.loads((Path(str(profile)) / "profile.json").read_text())
+        click.echo(json.dumps(record, indent=1))
         return
     click.echo(str(explanation))
+    if known is not None:
+        click.echo(str(known))
     if program:
         click.echo(explanation.program())
 
 
-def _load(model: str) -> Any:
-    if model == "smollm2":
-        from skipc.smollm2 import load_smollm2
+@main.command(help=f"Measure a model and make plans for it. {_MODEL}")
+@click.argument("model")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the profile and its report.")
+@click.option("--effort", type=click.Choice(["quick", "thorough"]), default="quick", show_default=True)
+@click.option(
+    "--removal", "removals", type=float, multiple=True, default=[0.1, 0.2, 0.33], show_default=True,
+    help="Share of the sublayers' time to save; one plan for each.",
+)  # fmt: skip
+@click.option("--phase", type=click.Choice(["prefill", "decode"]), help="Calls to save time in; decode, if it can.")
+@click.option("--batch", default=1, show_default=True, help="Rows of those calls.")
+@click.option("--length", default=1, show_default=True, help="Tokens in each row of a prefill.")
+@click.option("--cache", default=255, show_default=True, help="Tokens behind which a decode step comes.")
+@click.option("--never", multiple=True, help="Name of a site to leave whole.")
+@click.option("--kind", "kinds", multiple=True, help="Change only sites of this kind: mlp, attention.")
+@click.option("--most-in-a-row", type=int, help="Sites next to each other that may be left out.")
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="A text like those that the model is for; by default English that comes with Python.")  # fmt: skip
+@click.option("--baselines", type=click.Path(exists=True, path_type=Path), help="Figures of benchmarks/quality.py.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", type=int)
+def calibrate(
+    model: str, out: Path, effort: Any, removals: tuple[float, ...], text: Path | None, baselines: Path | None,
+    kinds: tuple[str, ...], threads: int | None, **settings: Any,
+) -> None:  # fmt: skip
+    """Calibrate, save and report."""
+    import torch
 
-        return load_smollm2()[0]
-    if not Path(model).is_dir():
-        raise click.BadParameter(f"{model!r} is no folder (models are not downloaded); or give `smollm2`")
+    import skipc
+    from skipc.calibration.profile import Profile
+    from skipc.calibration.text import windows_of
+
+    if threads:
+        torch.set_num_threads(threads)
+    loaded, tokenizer = _load(model)
+    batches = windows_of(tokenizer, text.read_text()) if text is not None else None
+    if (out / "profile.json").exists():
+        profile = _profile(out, loaded)
+        click.echo(f"{out} has a profile already, of effort {profile.effort!r}; its report is made anew")
+    else:
+        try:
+            profile = skipc.calibrate(
+                loaded, batches, tokenizer=tokenizer, effort=effort, removals=removals, kinds=kinds or None,
+                folder=out, **settings,
+            )  # fmt: skip
+        except (skipc.SkipcError, TypeError) as error:
+            raise click.ClickException(str(error)) from error
+    assert isinstance(profile, Profile)
+    click.echo(str(profile))
+    _report(profile, loaded, tokenizer, out, baselines)
+
+
+def _report(profile: Any, model: Any, tokenizer: Any, out: Path, baselines: Path | None) -> None:
+    from skipc.report import samples_of, write_report
+
+    points = json.loads(baselines.read_text())["points"] if baselines is not None else None
     try:
-        from transformers import AutoModelForCausalLM
+        click.echo(f"report: {write_report(profile, out, samples_of(profile, model, tokenizer), points)}")
     except ImportError as error:
-        raise click.ClickException("transformers is not installed: pip install 'skipc[hf]'") from error
-    return AutoModelForCausalLM.from_pretrained(model, local_files_only=True).eval()
+        click.echo(f"no report: {error}")
+
+
+@main.command(help=f"Time a model in eager, under Inductor, and under skipc with the plans of a profile. {_MODEL}")
+@click.argument("model", default="smollm2")
+@click.option("--profile", type=click.Path(path_type=Path), help="Folder of a profile.")
+@click.option("--cache", type=int, help="Tokens behind which a decode step comes; the profile's by default, or 255.")
+@click.option("--batch", default=1, show_default=True)
+@click.option("--rounds", default=20, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--threads", type=int)
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the figures here.")
+def bench(
+    model: str, profile: Path | None, cache: int | None, batch: int, rounds: int, dtype: str, threads: int | None,
+    path: Path | None,
+) -> None:  # fmt: skip
+    """Print a table of times."""
+    import torch
+
+    from skipc.bench import bench as run
+
+    if threads:
+        torch.set_num_threads(threads)
+    loaded, tokenizer = _load(model, getattr(torch, dtype))
+    known = _profile(profile, loaded) if profile is not None else None
+    record = run(loaded, tokenizer, known, batch, cache, rounds)
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1))
+
+
+def _load(model: str, dtype: Any = None) -> tuple[Any, Any]:
+    import torch
+
+    from skipc.loading import load_model
+
+    try:
+        return load_model(model, dtype or torch.float32)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _profile(folder: Path, model: Any) -> Any:
+    from skipc.calibration.profile import Profile
+    from skipc.ir.errors import ProfileError
+
+    try:
+        profile = Profile.load(folder)
+        profile.check(model)
+    except ProfileError as error:
+        raise click.ClickException(str(error)) from error
+    return profile
 
 
 def _token_ids() -> Any:

@@ -18,9 +18,9 @@ from rich.table import Table
 from skipc.calibration.measure import SiteMeasurement, measure_sites, perplexity
 from skipc.calibration.text import english_text, token_windows
 from skipc.dynamo import compile_isolated
+from skipc.loading import load_smollm2
 from skipc.model import CompiledModel
 from skipc.model import compile as compile_model
-from skipc.smollm2 import load_smollm2
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 console = Console(width=120)

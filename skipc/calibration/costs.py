@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import sympy
 import torch
-from skipc.passes.base import PassContext
-from skipc.passes.manager import PassManager
-from skipc.passes.site_work import BATCH, CONTEXT, TOKENS, Work, site_work
 from torch import fx
 
 from skipc.calibration.batches import Batch
 from skipc.dynamo import compile_isolated
 from skipc.ir.config import Config
+from skipc.passes.base import PassContext
+from skipc.passes.manager import PassManager
+from skipc.passes.site_work import BATCH, CONTEXT, TOKENS, Work, site_work
 
 Phase = Literal["prefill", "decode"]
 _SWEEPS = 20_000

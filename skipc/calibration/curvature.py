@@ -6,9 +6,9 @@ from the model itself (the Fisher information; Martens 2020, arXiv 1412.1193, se
 so one backward pass gives the gradients for all tokens of a text. Encoders have no likelihood: their last hidden state
 takes its place, with a random direction for each token (the Gauss-Newton matrix of the relative squared distance).
 
-For a linear layer's change ``D`` on inputs ``h`` this is ``tr(G D H D')`` with ``G`` the mean of ``g g'`` and ``H`` that
-of ``h h'`` weighted by ``|g|^2`` (Kronecker-factored, as in K-FAC, arXiv 1503.05671): two matrices instead of one pair
-of vectors for each token.
+For a linear layer's change ``D`` on inputs ``h`` this is ``tr(G D H D')`` with ``G`` the mean of ``g g'`` and ``H``
+that of ``h h'`` weighted by ``|g|^2`` (Kronecker-factored, as in K-FAC, arXiv 1503.05671): two matrices instead of a
+pair of vectors for each token.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +50,16 @@ class Judge:
         self.measure = "perplexity" if is_causal(model, outputs[0]) else "cosine"
         self._own = [self._measured(b, outputs.pop() if outputs else None) for b in self.batches]
 
-    @torch.no_grad()
     def judge(self, plan: Plan) -> Judgement:
         """What ``plan`` loses, in eager."""
+        return self.judge_call(lambda batch: call_on(self.model, batch, plan.weights, plan.skip))
+
+    @torch.no_grad()
+    def judge_call(self, call: Callable[[Batch], object]) -> Judgement:
+        """What anything else that gives outputs for batches loses."""
         losses, same, count = [], 0, 0
         for batch, (own, likeliest) in zip(self.batches, self._own, strict=True):
-            found, chosen = self._measured(batch, call_on(self.model, batch, plan.weights, plan.skip))
+            found, chosen = self._measured(batch, call(batch))
             if self.measure == "perplexity":
                 losses.append((found - own).mean())
                 assert likeliest is not None

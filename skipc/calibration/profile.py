@@ -109,8 +109,8 @@ class Profile:
         """The best plan of the menu for calls of a kind; by default of the kind that the profile was made for.
 
         Args:
-            budget: loss that may be had (:attr:`Judgement.loss`; 0.02 is a perplexity 2 % higher). The fastest plan that
-                keeps to it is taken; none at all, with a warning, if all lose more.
+            budget: loss that may be had (:attr:`Judgement.loss`; 0.02 is a perplexity 2 % higher). The fastest plan
+                that keeps to it is taken; none at all, with a warning, if all lose more.
             speedup: speed over skipc's exact mode that must be had. The plan that loses least is taken.
             phase: ``prefill`` or ``decode``.
             batch: rows.

@@ -21,6 +21,14 @@ def english_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def halves(text: str) -> tuple[str, str]:
+    """Two halves of a text, and of the second only the paragraphs that the first does not have: help topics quote each
+    other, and what is judged on must not have been read."""
+    first, second = text[: len(text) // 2], text[len(text) // 2 :]
+    known = set(first.split("\n\n"))
+    return first, "\n\n".join(p for p in second.split("\n\n") if p not in known)
+
+
 @functools.cache
 def documentation_text() -> str:
     """Some 1,200,000 characters of English: the longer docstrings of the standard library's modules, in a fixed order
@@ -61,15 +69,21 @@ def token_windows(tokenizer: Any, text: str, tokens: int, count: int) -> list[to
 def calibration_windows(tokenizer: Any, tokens: int, held_out: int, seed: int) -> tuple[list[Any], list[Any]]:
     """Text to calibrate on, in random order, and text to judge by: int64 [1, tokens] each. The first half of CPython's
     help topics and as many windows of the standard library's docstrings are calibrated on; of the other half of the
-    topics, ``held_out`` windows are judged. Windows of the topics, which are few, overlap."""
-    topics = english_text()
-    half = len(topics) // 2
+    topics (see :func:`halves`), ``held_out`` windows are judged. Windows of the topics, which are few, overlap."""
+    read, other = halves(english_text())
     pick = random.Random(seed)
-    ids = tokenizer(topics[:half], return_tensors="pt", verbose=False).input_ids
+    ids = tokenizer(read, return_tensors="pt", verbose=False).input_ids
     given = [ids[:, i : i + tokens] for i in range(0, ids.shape[1] - tokens + 1, tokens // 4)]
     if text := documentation_text():
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
         more = [ids[:, i : i + tokens] for i in range(0, ids.shape[1] - tokens + 1, tokens)]
         given += pick.sample(more, min(len(more), len(given)))
     pick.shuffle(given)
-    return given, token_windows(tokenizer, topics[half:], tokens, held_out)
+    return given, token_windows(tokenizer, other, tokens, held_out)
+
+
+def windows_of(tokenizer: Any, text: str, tokens: int = 512) -> list[torch.Tensor]:
+    """All of ``text`` in stretches of so many tokens: int64 [1, tokens] each; the last, which may be shorter, is left
+    out unless it is the only one."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
+    return [ids[:, i : i + tokens] for i in range(0, max(1, ids.shape[1] - tokens + 1), tokens)]

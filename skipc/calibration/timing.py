@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,14 @@ from skipc.model import CompiledModel
 _BURST = 6  # decode steps in a row, of which the first finds another plan's weights in the caches
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Peer:
+    """A way to run a model: a callable, and for one of skipc's the plan to run under, None being none."""
+
+    call: Any
+    plan: Plan | None = None
+
+
 def time_calls(
     compiled: CompiledModel,
     regime: Regime,
@@ -26,23 +35,41 @@ def time_calls(
     rounds: int,
     example: Batch | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of calls of ``regime`` under each plan, None being exact mode: plans take turns, so that the machine's
-    drift hits all alike. What has to be compiled is compiled first.
+    """:func:`time_peers` of one compiled model under different plans, None being exact mode."""
+    return time_peers(compiled.model, regime, {n: Peer(compiled, p) for n, p in plans.items()}, rounds, example)
+
+
+@torch.no_grad()
+def time_peers(
+    model: torch.nn.Module,
+    regime: Regime,
+    peers: Mapping[str, Peer],
+    rounds: int,
+    example: Batch | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of calls of ``regime``. Peers take turns, so that the machine's drift hits all alike. What has to be
+    compiled is compiled first.
 
     Args:
         example: for a prefill, a call whose inputs are cut or repeated to the regime's sizes.
     """
-    call, before, count = _decoding(compiled, regime) if regime.phase == "decode" else _call(compiled, regime, example)
-    times: dict[str, list[float]] = {name: [] for name in plans}
+    ready: dict[int, tuple[Callable[[], Any], Callable[[], None], int]] = {}
+    for peer in peers.values():
+        if id(peer.call) not in ready:
+            decodes = regime.phase == "decode"
+            ready[id(peer.call)] = (_decoding if decodes else _calling)(model, peer.call, regime, example)
+    wait = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in peers}
     for i in range(rounds + 2):
-        for name, plan in plans.items():
-            with compiled.session(plan=plan) if plan is not None else nullcontext():
+        for name, peer in peers.items():
+            call, before, count = ready[id(peer.call)]
+            with peer.call.session(plan=peer.plan) if peer.plan is not None else nullcontext():
                 for j in range(count):
                     before()
-                    _wait(compiled)
+                    wait()
                     start = time.perf_counter()
                     call()
-                    _wait(compiled)
+                    wait()
                     if i >= 2 and (j > 0 or count == 1):
                         times[name].append(time.perf_counter() - start)
     return times
@@ -53,11 +80,22 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def _decoding(compiled: CompiledModel, regime: Regime) -> tuple[Callable[[], Any], Callable[[], None], int]:
+def ratio(a: Sequence[float], b: Sequence[float], resamples: int = 2000) -> tuple[float, float, float]:
+    """Median of ``a`` over median of ``b``, with a bootstrap 95 % interval over rounds."""
+    x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(len(x), (resamples, len(x)), generator=generator)
+    drawn = x[index].median(dim=1).values / y[index].median(dim=1).values
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return statistics.median(a) / statistics.median(b), low, high
+
+
+def _decoding(
+    model: Any, call: Any, regime: Regime, example: Batch | None
+) -> tuple[Callable[[], Any], Callable[[], None], int]:
     from skipc.runtime.generation import Decoder, cache_length
 
-    model = compiled.model
-    decoder = Decoder(model, compiled, regime.batch, cache_length(regime.context + _BURST), padded=False)
+    decoder = Decoder(model, call, regime.batch, cache_length(regime.context + _BURST), padded=False)
     decoder.fix_sizes()
     device = next(model.parameters()).device
     token = torch.full((regime.batch,), 35, device=device)
@@ -74,8 +112,8 @@ def _decoding(compiled: CompiledModel, regime: Regime) -> tuple[Callable[[], Any
     return lambda: decoder.decode(token, watched=False), rewind, _BURST
 
 
-def _call(
-    compiled: CompiledModel, regime: Regime, example: Batch | None
+def _calling(
+    model: Any, call: Any, regime: Regime, example: Batch | None
 ) -> tuple[Callable[[], Any], Callable[[], None], int]:
     assert example is not None
     inputs = {}
@@ -85,9 +123,6 @@ def _call(
             if value.dim() == 2 and not value.is_floating_point():
                 value = value.repeat(1, -(-regime.tokens // value.shape[1]))[:, : regime.tokens].contiguous()
         inputs[name] = value
-    return lambda: compiled(**inputs), lambda: None, 1
-
-
-def _wait(compiled: CompiledModel) -> None:
-    if next(compiled.model.parameters()).is_cuda:
-        torch.cuda.synchronize()
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1  # as prefills have it
+    return lambda: call(**inputs), lambda: None, 1

@@ -12,8 +12,17 @@ import torch
 
 import skipc
 from skipc.calibration.batches import batches_of, call_on
-from tests.harness import STRICT
+from skipc.calibration.calibrate import EFFORTS, Effort
+from tests.harness import STRICT, known_times
 from tests.models.zoo import ZOO
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_effort() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EFFORTS, "quick", Effort(read=4, fitted=4, steps=4, judged=2, rounds=3))
+        known_times(patch)
+        yield
 
 
 def text(seed: int = 0, count: int = 10) -> list[torch.Tensor]:
@@ -29,7 +38,7 @@ def calibrated(folder: Path | None = None, **settings: Any) -> tuple[Any, skipc.
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, skipc.Profile, Path]:
+def made(little_effort: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, skipc.Profile, Path]:
     folder = tmp_path_factory.mktemp("profile")
     return *calibrated(folder), folder
 

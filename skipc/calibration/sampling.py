@@ -1,0 +1,74 @@
+"""Times and similarities of a model's real calls: what a cost model is fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from skipc.calibration.costs import Regime, Timing
+from skipc.calibration.similarity import measure_similarity
+from skipc.calibration.subject import Subject
+from skipc.calibration.timing import medians, time_calls
+from skipc.ir.plan import Plan
+from skipc.ir.program import KVPolicy
+from skipc.ir.site import HiddenLayer
+from skipc.model import compile as compile_model
+
+_PREFILLS = (64, 256)  # tokens of the prefills that are timed beside decode steps
+_SAMPLED = 4  # batches that similarities are taken on
+_PROMPT, _NEW = 128, 16  # tokens of the prompts that similarities of decode steps are taken behind, and of steps
+
+
+def sample_calls(subject: Subject, regime: Regime, kv: KVPolicy | None, rounds: int) -> dict[str, Any]:
+    """Timings of whole calls, of calls without some sites and with thin ones, in ``regime`` and near it, and mean
+    similarities and scales of all sites by phase: as plain data."""
+    compiled = compile_model(subject.model, on_error="raise")
+    plans, shares = timed_plans(subject, kv)
+    regimes = [regime]
+    if subject.decodes:
+        nearer = max(16, regime.context // 4)
+        regimes = [Regime("decode", regime.batch, 1, c) for c in dict.fromkeys((nearer, regime.context))]
+        regimes += [Regime("prefill", 1, t, t) for t in _PREFILLS]
+    timings = []
+    for sampled in regimes:
+        seconds = medians(time_calls(compiled, sampled, plans, rounds, subject.given[0]))
+        timings += [asdict(Timing(sampled, shares[name], taken)) for name, taken in seconds.items()]
+    similarity: dict[str, Mapping[str, float]] = {}
+    scale: dict[str, Mapping[str, float]] = {}
+    few = subject.given[:_SAMPLED]
+    made = measure_similarity(compiled, [b.inputs for b in few], ("prefill",))
+    similarity["prefill"], scale["prefill"] = made.similarity, made.scale
+    if subject.decodes:
+        prompts = [b.inputs["input_ids"][:, :_PROMPT] for b in few]
+        made = measure_similarity(compiled, prompts, ("decode",), generate=_NEW)
+        similarity["decode"], scale["decode"] = made.similarity, made.scale
+    return {"timings": timings, "similarity": similarity, "scale": scale}
+
+
+def timed_plans(subject: Subject, kv: KVPolicy | None) -> tuple[dict[str, Plan | None], dict[str, dict[str, float]]]:
+    """Plans whose times tell what each kind of site takes, and what they leave of each site: all, none of a kind, half
+    of the sites of a kind, and MLPs of half their width."""
+    plans: dict[str, Plan | None] = {"whole": None}
+    shares: dict[str, dict[str, float]] = {"whole": {}}
+    for kind in sorted({s.kind.value for s in subject.sites.values()}):
+        names = [n for n, s in subject.sites.items() if s.kind.value == kind]
+        for label, some in ((f"no {kind}", names), (f"half {kind}", names[::2])):
+            plans[label], shares[label] = Plan(some, kv=kv), dict.fromkeys(some, 0.0)
+    if subject.layers:
+        weights: dict[str, torch.Tensor] = {}
+        for layer in subject.layers.values():
+            weights |= _first_half(subject.model, layer)
+        plans["thin"] = Plan((), weights)
+        shares["thin"] = {n: (layer.width // 2) / layer.width for n, layer in subject.layers.items()}
+    return plans, shares
+
+
+def _first_half(model: torch.nn.Module, layer: HiddenLayer) -> dict[str, torch.Tensor]:
+    half = layer.width // 2
+    made = {layer.columns: model.get_parameter(layer.columns).detach()[:, :half]}
+    for name, times in layer.rows:
+        made[name] = torch.cat([part[:half] for part in model.get_parameter(name).detach().chunk(times)])
+    return made

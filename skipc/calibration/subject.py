@@ -1,0 +1,135 @@
+"""What is calibrated: a model, text for it, and the sites that may be changed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from skipc.calibration.batches import Batch, batches_of, call_on, module_of
+from skipc.calibration.checkpoint import digests_of
+from skipc.calibration.costs import Phase, Regime
+from skipc.calibration.judging import is_causal
+from skipc.calibration.text import calibration_windows
+from skipc.explanation import find_sites
+from skipc.ir.errors import PlanError, UnknownSiteError
+from skipc.ir.site import HiddenLayer, Site
+
+log = logging.getLogger("skipc")
+
+_TOKENS = 512  # in a window of the default text
+_ROWS = 4  # that such a window makes where rows are texts of their own (encoders)
+_HELD_OUT = 5  # of the user's batches, each fifth is judged on
+
+
+class Subject:
+    """A model and its text.
+
+    Attributes:
+        given: batches to calibrate on.
+        judged: batches to judge by.
+        decodes: whether the model generates text token by token.
+        sites: all of them, by name, in order of execution.
+        free: those that may be changed.
+        layers: hidden layers of the MLPs among those.
+        digests: of the parameters, by name.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        batches: Iterable[Any] | None,
+        held_out: Iterable[Any] | None,
+        tokenizer: Any,
+        windows: int,
+        seed: int,
+    ):
+        if model.training:
+            raise PlanError("the model is in training mode: call model.eval() first")
+        self.model = model
+        if batches is None:
+            if tokenizer is None:
+                raise TypeError("give batches, or a tokenizer for the English text that comes with Python")
+            self._default_text(tokenizer, windows, seed)
+        else:
+            self._given_text(batches, held_out)
+        self.digests = digests_of(model)
+        causal = self._generates(self.given[0])
+        self.decodes = causal and hasattr(model, "config") and not getattr(model.config, "is_encoder_decoder", False)
+        self.sites: dict[str, Site] = {s.name: s for s in find_sites(model, **self.given[0].inputs).sites}
+        self.free = dict(self.sites)
+
+    def _default_text(self, tokenizer: Any, windows: int, seed: int) -> None:
+        given, judged = calibration_windows(tokenizer, _TOKENS, windows, seed)
+        if not self._generates(batches_of(self.model, [given[0][:, :8]])[0]):
+            given, judged = ([_rows(w) for w in part] for part in (given, judged))
+        self.given, self.judged = batches_of(self.model, given), batches_of(self.model, judged)
+
+    def _given_text(self, batches: Iterable[Any], held_out: Iterable[Any] | None) -> None:
+        self.given = batches_of(self.model, batches)
+        if held_out is not None:
+            self.judged = batches_of(self.model, held_out)
+            return
+        if len(self.given) < _HELD_OUT:
+            raise TypeError(f"give {_HELD_OUT} batches or more, or batches to judge by as held_out")
+        self.judged = self.given[_HELD_OUT - 1 :: _HELD_OUT]
+        self.given = [b for i, b in enumerate(self.given) if i % _HELD_OUT != _HELD_OUT - 1]
+
+    @torch.no_grad()
+    def _generates(self, batch: Batch) -> bool:
+        return is_causal(self.model, call_on(self.model, batch))
+
+    def restrict(self, never: Iterable[str], kinds: Iterable[str] | None) -> None:
+        """Leave some sites as they are: named ones, those of other kinds, and those that no module stands for.
+
+        Raises:
+            UnknownSiteError: for a name that no site has.
+        """
+        never, kinds = frozenset(never), None if kinds is None else frozenset(kinds)
+        for name in sorted(never - self.sites.keys()):
+            raise UnknownSiteError(name, self.sites)
+        self.free = {}
+        for name, site in self.sites.items():
+            if name in never or (kinds is not None and site.kind.value not in kinds):
+                continue
+            try:
+                module_of(self.model, name)
+            except PlanError as error:
+                log.info("left as it is: %s", error)
+            else:
+                self.free[name] = site
+
+    @property
+    def layers(self) -> dict[str, HiddenLayer]:
+        """Hidden layers of the MLPs that may be changed."""
+        return {n: s.hidden for n, s in self.free.items() if s.hidden is not None}
+
+    def regime(self, phase: Phase | None, batch: int, length: int, cache: int) -> Regime:
+        """Calls of a kind; by default decode steps, and calls like the given ones where the model does not decode."""
+        phase = phase or ("decode" if self.decodes else "prefill")
+        if phase == "decode":
+            if not self.decodes:
+                raise PlanError(f"{type(self.model).__name__} does not decode: calibrate for phase='prefill'")
+            return Regime("decode", batch, length, cache + length)
+        first = next(v for v in self.given[0].inputs.values() if isinstance(v, torch.Tensor))
+        tokens = length if length > 1 else (first.shape[1] if first.dim() > 1 else 1)
+        return Regime("prefill", batch if batch > 1 else first.shape[0], tokens, tokens)
+
+    def text_digest(self) -> str:
+        """A digest of all batches."""
+        made = hashlib.sha256()
+        for batch in (*self.given, *self.judged):
+            for name, value in sorted(batch.inputs.items()):
+                made.update(name.encode())
+                if isinstance(value, torch.Tensor):
+                    made.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return made.hexdigest()[:16]
+
+
+def _rows(window: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A window of text as rows of their own."""
+    ids = window.view(_ROWS, -1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
