@@ -118,8 +118,10 @@ def preset_plan(program: Program, gm: fx.GraphModule, example_inputs: Sequence[A
         return None
     from skipc.calibration.profile import plan_for
 
-    named = {weight_name(n): v for n, v in zip(_placeholders(gm), example_inputs, strict=True)}
-    named.pop(None, None)
+    named = {}
+    for node, value in zip(_placeholders(gm), example_inputs, strict=True):
+        if (name := weight_name(node)) is not None:
+            named[name] = value
     assert config.profile is not None
     return plan_for(config.profile, BUDGETS[config.preset], named)
 

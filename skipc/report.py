@@ -75,8 +75,8 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
-    for name, draw in (("curve", _curve), ("sites", _sites), ("plans", _plans)):
-        figure = draw(profile, baselines) if draw is _curve else draw(profile)  # type: ignore[operator]
+    figures = {"curve": _curve(profile, baselines), "sites": _sites(profile), "plans": _plans(profile)}
+    for name, figure in figures.items():
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=110)
         pictures[name] = base64.b64encode(path.read_bytes()).decode()

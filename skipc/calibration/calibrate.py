@@ -171,9 +171,9 @@ class _Calibration:
         read = self.subject.given[: self.effort.read]
         losses: dict[str, float] = {}
         orders: dict[str, Any] = {}
-        names, groups = list(self.layers), []
+        names, groups = list(self.layers), list[list[str]]()
         while names:
-            size, group = 0, []
+            size, group = 0, list[str]()
             while names and (not group or size + self._bytes_of(names[0]) <= _STATISTICS):
                 size += self._bytes_of(names[0])
                 group.append(names.pop(0))

@@ -12,10 +12,15 @@ def digest_of(weight: torch.Tensor) -> str:
     """16 hexadecimal digits for a parameter's shape and values. Values count as bfloat16 has them, so that a checkpoint
     is the same one in float32 and in bfloat16."""
     value = weight.detach()
-    half = value.to("cpu", torch.bfloat16 if value.is_floating_point() else value.dtype).contiguous()
+    half = value.to(torch.bfloat16) if value.is_floating_point() else value
     made = hashlib.sha256(f"{tuple(value.shape)} ".encode())
-    made.update(half.flatten().view(torch.uint8).numpy())
+    made.update(bytes_of(half))
     return made.hexdigest()[:16]
+
+
+def bytes_of(value: torch.Tensor) -> memoryview:
+    """The contents of a tensor."""
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def digests_of(model: torch.nn.Module) -> dict[str, str]:

@@ -93,8 +93,8 @@ class Curvatures:
                 self.losses[name] = self.losses.get(name, 0.0) + float(lost)
             else:
                 if name not in self.found:
-                    sizes = (h.shape[-1], g.shape[-1])
-                    self.found[name] = Curvature(*(torch.zeros(s, s, device=g.device) for s in sizes))
+                    inside, outside = (torch.zeros(n, n, device=g.device) for n in (h.shape[-1], g.shape[-1]))
+                    self.found[name] = Curvature(inside, outside)
                 self.found[name].add(valid_rows(h, batch), g)
         self.tokens += batch.tokens if batch.valid is None else int(batch.valid.sum())
 

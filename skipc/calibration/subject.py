@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from skipc.calibration.batches import Batch, batches_of, call_on, module_of
-from skipc.calibration.checkpoint import digests_of
+from skipc.calibration.checkpoint import bytes_of, digests_of
 from skipc.calibration.costs import Phase, Regime
 from skipc.calibration.judging import is_causal
 from skipc.calibration.text import calibration_windows
@@ -125,7 +125,7 @@ class Subject:
             for name, value in sorted(batch.inputs.items()):
                 made.update(name.encode())
                 if isinstance(value, torch.Tensor):
-                    made.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                    made.update(bytes_of(value))
         return made.hexdigest()[:16]
 
 
