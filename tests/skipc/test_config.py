@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -25,8 +26,13 @@ def test_bad_values_name_the_option(bad: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("preset", ["balanced", "fast"])
 def test_presets_that_need_a_profile_say_so(preset: str) -> None:
-    with pytest.raises(skipc.ConfigError, match="needs a calibration profile"):
+    with pytest.raises(skipc.ConfigError, match="takes its plan from a profile"):
         skipc.Config(preset=preset)
+    with pytest.raises(skipc.ConfigError, match="needs lowering='outline'"):
+        skipc.Config(preset=preset, profile="somewhere", lowering="cond")
+    with pytest.raises(skipc.ConfigError, match="'profile' is for presets"):
+        skipc.Config(profile="somewhere")
+    assert skipc.Config(preset=preset, profile=Path("somewhere")).profile == "somewhere"
 
 
 def test_frozen_equal_hashable_copyable() -> None:
@@ -41,7 +47,7 @@ def test_frozen_equal_hashable_copyable() -> None:
 
 def test_list_options_tells_all() -> None:
     assert list(skipc.list_options()) == list(skipc.Config.model_fields)
-    assert "'exact' | 'off'" in skipc.list_options()["preset"]
+    assert "'exact' | 'balanced' | 'fast' | 'off'" in skipc.list_options()["preset"]
 
 
 def test_every_public_name_resolves() -> None:

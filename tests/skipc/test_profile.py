@@ -119,6 +119,10 @@ def test_presets_run_the_plan_of_the_profile(made: Any) -> None:
     skip = {"model.layers.0.self_attn", *plan.skip}
     expected = call_on(model, batches_of(model, [ids])[0], plan.weights, skip).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    with skipc.session(compiled, policy=skipc.Observe()):
+        watched = compiled(ids, use_cache=False).logits
+    expected = call_on(model, batches_of(model, [ids])[0], plan.weights, plan.skip).logits
+    torch.testing.assert_close(watched, expected, atol=1e-4, rtol=1e-4)
     handle = skipc.compile(model, preset="fast", profile=folder)
     with handle.session(plan=plan):
         chosen = skipc.generate(handle, ids, max_new_tokens=12, eos_token_id=None)
@@ -175,7 +179,7 @@ def test_damaged_files_are_refused(made: Any, tmp_path: Path) -> None:
         skipc.Profile.load(copy)
 
 
-def test_calibration_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_goes_on_where_it_stopped(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import skipc.calibration.calibrate as module
 
     real = module.distill
@@ -194,7 +198,9 @@ def test_calibration_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module.skipc, "compile", None)  # times are not measured again
     _, profile = calibrated(tmp_path)
     assert len(calls) == 3
-    assert [e.name for e in profile.menu] == ["10%", "30%"]
+    assert profile.menu == made[1].menu
+    for name, weights in made[1].weights.items():
+        assert all(torch.equal(profile.weights[name][key], value) for key, value in weights.items())
 
 
 def test_what_cannot_be_calibrated_is_refused() -> None:
