@@ -21,9 +21,7 @@ console = Console(width=120)
 
 
 @torch.no_grad()
-def bench(
-    model: Any, tokenizer: Any, profile: Profile | None, batch: int, cache: int | None, rounds: int
-) -> dict[str, Any]:
+def bench(model: Any, profile: Profile | None, batch: int, cache: int | None, rounds: int) -> dict[str, Any]:
     """Time calls, print a table, and return its figures."""
     decodes = bool(getattr(model, "can_generate", lambda: False)())
     if profile is not None and cache is None and batch == profile.regime.batch:
@@ -34,7 +32,7 @@ def bench(
         regime = Regime("prefill", batch, 128, 128)
     example: Batch | None = None
     if regime.phase == "prefill":
-        ids = tokenizer("The quick brown fox jumps over the lazy dog. " * 20, return_tensors="pt").input_ids
+        ids = torch.arange(1, regime.tokens + 1)[None]
         (example,) = batches_of(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
     compiled = skipc.compile(model, on_error="raise")
     # skipc first: it moves the weights, which all peers read, to huge pages, and cannot once Inductor has forked.

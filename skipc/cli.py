@@ -100,6 +100,8 @@ def calibrate(
     if threads:
         torch.set_num_threads(threads)
     loaded, tokenizer = _load(model)
+    if text is not None and tokenizer is None:
+        raise click.ClickException(f"{model} has no tokenizer for {text}")
     batches = windows_of(tokenizer, text.read_text()) if text is not None else None
     if (out / "profile.json").exists():
         profile = _profile(out, loaded)
@@ -147,9 +149,9 @@ def bench(
 
     if threads:
         torch.set_num_threads(threads)
-    loaded, tokenizer = _load(model, getattr(torch, dtype))
+    loaded, _ = _load(model, getattr(torch, dtype))
     known = _profile(profile, loaded) if profile is not None else None
-    record = run(loaded, tokenizer, known, batch, cache, rounds)
+    record = run(loaded, known, batch, cache, rounds)
     if path is not None:
         path.write_text(json.dumps(record, indent=1))
 

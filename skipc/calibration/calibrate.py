@@ -25,6 +25,7 @@ from skipc.calibration.sampling import sample_calls
 from skipc.calibration.stages import Stages
 from skipc.calibration.subject import Subject
 from skipc.calibration.thinning import Elimination, eliminate, thin
+from skipc.ir.errors import PlanError
 from skipc.ir.plan import Plan
 from skipc.ir.program import KVPolicy
 from skipc.ir.site import HiddenLayer
@@ -109,7 +110,9 @@ def calibrate(
     """
     if effort not in EFFORTS:
         raise ValueError(f"effort is one of {', '.join(map(repr, EFFORTS))}, not {effort!r}")
-    amount = EFFORTS[effort]
+    if any(not 0 < r < 1 for r in removals):
+        raise PlanError(f"removals are shares of the sublayers' time, between 0 and 1, not {list(removals)}")
+    amount, removals = EFFORTS[effort], sorted(set(removals))
     subject = Subject(model, batches, held_out, tokenizer, amount.judged, seed)
     subject.restrict(never, kinds)
     regime = subject.regime(phase, batch, length, cache)
@@ -123,7 +126,7 @@ def calibrate(
     work = _Calibration(subject, amount, regime, stages, seed, progress)
     work.measure_times()
     work.read_statistics()
-    work.make_menu(sorted(removals), most_in_a_row)
+    work.make_menu(removals, most_in_a_row)
     profile = work.profile(effort)
     if folder is not None:
         profile.save(folder)
@@ -227,7 +230,7 @@ class _Calibration:
             ways = {n: [o for o in self.options(n) if o.share <= shares.get(n, 1.0)] for n in self.subject.free}
             chosen = choose(ways, removal * total, most_in_a_row)
             shares = {n: o.share for n, o in chosen.items() if o.share < 1}
-            name = f"{removal:.0%}"
+            name = f"{removal * 100:g}%"
             steps = self.effort.steps
             found = self.stages.get(name)
             if found is None:

@@ -78,10 +78,9 @@ class Curvatures:
     def add(self, model: torch.nn.Module, batch: Batch, generator: torch.Generator) -> None:
         """Run ``model`` forward and backward on one batch."""
         own = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
-        first = next(iter(own))  # all else comes after it; some weight must ask for gradients, or no graph is kept
         seen: list[tuple[str, torch.Tensor | None, torch.Tensor]] = []
         with torch.enable_grad(), self._watched(model, seen), in_half(device_of(model)):
-            output = call_on(model, batch, {**own, first: own[first].clone().requires_grad_()})
+            output = call_on(model, batch, own)
             score = log_likelihood(output, batch, generator)
             gradients = torch.autograd.grad(score, [s[2] for s in seen], allow_unused=True)
         for (name, h, output), gradient in zip(seen, gradients, strict=True):
@@ -105,6 +104,8 @@ class Curvatures:
         def note(name: str, with_input: bool) -> Any:
             def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
                 value = output if isinstance(output, torch.Tensor) else output[0]
+                if not value.requires_grad:  # no weight does: gradients begin at the first output that is watched
+                    value.requires_grad_()
                 seen.append((name, args[0].detach() if with_input else None, value))
 
             return hook

@@ -66,8 +66,9 @@ def test_mistakes_are_told_in_a_line(folder: Path, tmp_path: Path) -> None:
     result = runner.invoke(main, ["explain", str(folder), "--profile", str(tmp_path / "none")])
     assert result.exit_code == 1
     assert "there is no profile" in result.output
-    result = runner.invoke(
-        main, ["calibrate", str(folder), "--out", str(tmp_path / "x"), "--never", "model.layers.0.mlpp"]
-    )
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat. " * 150)
+    wrong = ["--text", str(text), "--never", "model.layers.0.mlpp"]
+    result = runner.invoke(main, ["calibrate", str(folder), "--out", str(tmp_path / "x"), *wrong])
     assert result.exit_code == 1
     assert "did you mean" in result.output

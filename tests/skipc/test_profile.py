@@ -215,5 +215,7 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         skipc.calibrate(model, text(), never=["model.layers.1.mpl"])
     with pytest.raises(skipc.PlanError, match="does not decode"):
         skipc.calibrate(ZOO["bert"].build(), [{"input_ids": t} for t in text()], phase="decode")
+    with pytest.raises(skipc.PlanError, match="between 0 and 1, not"):
+        skipc.calibrate(model, text(), removals=(20,))
     with pytest.raises(skipc.PlanError, match="training mode"):
         skipc.calibrate(ZOO["llama"].build().train(), text())
