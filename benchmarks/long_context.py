@@ -16,12 +16,13 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
-from common import check_load, console, keep_freed_memory, ratio, save
+from common import check_load, console, keep_freed_memory, save
 from rich.table import Table
 
 import skipc
 from skipc.calibration.similarity import measure_similarity
 from skipc.calibration.text import english_text, token_windows
+from skipc.calibration.timing import ratio
 from skipc.loading import load_smollm2
 
 

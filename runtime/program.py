@@ -120,12 +120,16 @@ class Program:
         program, inputs = self.variants.under(self.plan, inputs)
         return program.run(inputs, program.arms_under(self.plan))
 
-    def arms_under(self, plan: Plan) -> Arms:
-        """The arms that ``plan`` asks for; where the caller keeps keys, attentions that are left out write them."""
+    def arms_under(self, plan: Plan, skip: frozenset[str] = frozenset(), kv: KVPolicy | None = None) -> Arms:
+        """The arms that a preset's plan asks for, with more sites left out; unless ``kv`` is given, attentions that are
+        left out write their keys where the caller keeps them."""
+        names = plan.skip | skip
+        if kv is not None:
+            return self.arms_for(names, kv)
         try:
-            return self.arms_for(plan.skip, plan.kv or self.default_kv)
+            return self.arms_for(names, plan.kv or self.default_kv)
         except PlanError:
-            return self.arms_for(plan.skip, "project")
+            return self.arms_for(names, "project")
 
     def repeated(self, inputs: Sequence[Any]) -> Repeated:
         """The program on inputs that stay."""

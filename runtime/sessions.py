@@ -193,12 +193,7 @@ class Session:
                 raise SessionError("the preset's plan leaves out sites, which goes with no policy: open the session "
                                    "with plan=skipc.Plan() to run the whole model")  # fmt: skip
             return self._steered(self.steering, program, inputs, kv, run)
-        if preset is None:
-            arms = program.arms_for(self.skip, kv)
-        elif not self.skip:
-            arms = program.arms_under(preset)
-        else:
-            arms = program.arms_for(self.skip | preset.skip, self.kv or preset.kv or program.default_kv)
+        arms = program.arms_for(self.skip, kv) if preset is None else program.arms_under(preset, self.skip, self.kv)
         with self._lock:
             self._counts[program, arms] += 1
         if not self.measuring:

@@ -94,7 +94,6 @@ def calibrate(
     import torch
 
     import skipc
-    from skipc.calibration.profile import Profile
     from skipc.calibration.text import windows_of
 
     if threads:
@@ -114,7 +113,6 @@ def calibrate(
             )  # fmt: skip
         except (skipc.SkipcError, TypeError) as error:
             raise click.ClickException(str(error)) from error
-    assert isinstance(profile, Profile)
     click.echo(str(profile))
     _report(profile, loaded, tokenizer, out, baselines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 
 import skipc
 from skipc.calibration.checkpoint import checkpoint_digest
-from skipc.calibration.costs import CostModel, Phase, Regime, Timing, trace_work
+from skipc.calibration.costs import CostModel, Regime, Timing, trace_work
 from skipc.calibration.curvature import Curvatures
 from skipc.calibration.distillation import distill
 from skipc.calibration.judging import Judge, Judgement
@@ -29,8 +28,7 @@ from skipc.ir.errors import PlanError
 from skipc.ir.plan import Plan
 from skipc.ir.program import KVPolicy
 from skipc.ir.site import HiddenLayer
-
-log = logging.getLogger("skipc")
+from skipc.runtime.policies.base import Phase
 
 _STATISTICS = 1 << 30  # bytes that one pass may take for its sums
 _PARTS = 8  # an MLP's width goes by so many

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import sympy
 import torch
@@ -17,8 +17,8 @@ from skipc.ir.config import Config
 from skipc.passes.base import PassContext
 from skipc.passes.manager import PassManager
 from skipc.passes.site_work import BATCH, CONTEXT, TOKENS, Work, site_work
+from skipc.runtime.policies.base import Phase
 
-Phase = Literal["prefill", "decode"]
 _SWEEPS = 20_000
 
 

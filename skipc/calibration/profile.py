@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from skipc.calibration.checkpoint import checkpoint_digest, differing
-from skipc.calibration.costs import CostModel, Phase, Regime, Timing
+from skipc.calibration.costs import CostModel, Regime, Timing
 from skipc.calibration.judging import Judgement
 from skipc.ir.errors import PlanError, ProfileError
 from skipc.ir.plan import Expectation, Plan
 from skipc.ir.program import KVPolicy
+from skipc.runtime.policies.base import Phase
 
 log = logging.getLogger("skipc")
 

@@ -11,10 +11,10 @@ import torch
 from skipc.calibration.costs import Regime, Timing
 from skipc.calibration.similarity import measure_similarity
 from skipc.calibration.subject import Subject
+from skipc.calibration.thinning import thin_weights
 from skipc.calibration.timing import medians, time_calls
 from skipc.ir.plan import Plan
 from skipc.ir.program import KVPolicy
-from skipc.ir.site import HiddenLayer
 from skipc.model import compile as compile_model
 
 _PREFILLS = (64, 256)  # tokens of the prefills that are timed beside decode steps
@@ -60,15 +60,9 @@ def timed_plans(subject: Subject, kv: KVPolicy | None) -> tuple[dict[str, Plan |
     if subject.layers:
         weights: dict[str, torch.Tensor] = {}
         for layer in subject.layers.values():
-            weights |= _first_half(subject.model, layer)
+            half = torch.arange(layer.width // 2)
+            columns = subject.model.get_parameter(layer.columns).detach()[:, half]
+            weights |= thin_weights(subject.model, layer, half, columns)
         plans["thin"] = Plan((), weights)
         shares["thin"] = {n: (layer.width // 2) / layer.width for n, layer in subject.layers.items()}
     return plans, shares
-
-
-def _first_half(model: torch.nn.Module, layer: HiddenLayer) -> dict[str, torch.Tensor]:
-    half = layer.width // 2
-    made = {layer.columns: model.get_parameter(layer.columns).detach()[:, :half]}
-    for name, times in layer.rows:
-        made[name] = torch.cat([part[:half] for part in model.get_parameter(name).detach().chunk(times)])
-    return made

@@ -11,12 +11,13 @@ import torch
 
 from skipc.calibration.batches import Batch, batches_of, call_on, module_of
 from skipc.calibration.checkpoint import bytes_of, digests_of
-from skipc.calibration.costs import Phase, Regime
+from skipc.calibration.costs import Regime
 from skipc.calibration.judging import is_causal
 from skipc.calibration.text import calibration_windows
 from skipc.explanation import find_sites
 from skipc.ir.errors import PlanError, UnknownSiteError
 from skipc.ir.site import HiddenLayer, Site
+from skipc.runtime.policies.base import Phase
 
 log = logging.getLogger("skipc")
 
@@ -83,7 +84,7 @@ class Subject:
         return is_causal(self.model, call_on(self.model, batch))
 
     def restrict(self, never: Iterable[str], kinds: Iterable[str] | None) -> None:
-        """Leave some sites as they are: named ones, those of other kinds, and those that no module stands for.
+        """Leave some sites as they are: named ones, those of other kinds, and those that no module stands for alone.
 
         Raises:
             UnknownSiteError: for a name that no site has.
@@ -94,6 +95,9 @@ class Subject:
         self.free = {}
         for name, site in self.sites.items():
             if name in never or (kinds is not None and site.kind.value not in kinds):
+                continue
+            if f"{name}#2" in self.sites:  # in eager, leaving out its module leaves out the others' too
+                log.info("left as it is: %s runs several times", name)
                 continue
             try:
                 module_of(self.model, name)

@@ -72,18 +72,16 @@ def calibration_windows(tokenizer: Any, tokens: int, held_out: int, seed: int) -
     topics (see :func:`halves`), ``held_out`` windows are judged. Windows of the topics, which are few, overlap."""
     read, other = halves(english_text())
     pick = random.Random(seed)
-    ids = tokenizer(read, return_tensors="pt", verbose=False).input_ids
-    given = [ids[:, i : i + tokens] for i in range(0, ids.shape[1] - tokens + 1, tokens // 4)]
+    given = windows_of(tokenizer, read, tokens, tokens // 4)
     if text := documentation_text():
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
-        more = [ids[:, i : i + tokens] for i in range(0, ids.shape[1] - tokens + 1, tokens)]
+        more = windows_of(tokenizer, text, tokens)
         given += pick.sample(more, min(len(more), len(given)))
     pick.shuffle(given)
     return given, token_windows(tokenizer, other, tokens, held_out)
 
 
-def windows_of(tokenizer: Any, text: str, tokens: int = 512) -> list[torch.Tensor]:
-    """All of ``text`` in stretches of so many tokens: int64 [1, tokens] each; the last, which may be shorter, is left
-    out unless it is the only one."""
+def windows_of(tokenizer: Any, text: str, tokens: int = 512, stride: int | None = None) -> list[torch.Tensor]:
+    """All of ``text`` in stretches of so many tokens, one every ``stride`` (by default end to end): int64 [1, tokens]
+    each; the last, which may be shorter, is left out unless it is the only one."""
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
-    return [ids[:, i : i + tokens] for i in range(0, max(1, ids.shape[1] - tokens + 1), tokens)]
+    return [ids[:, i : i + tokens] for i in range(0, max(1, ids.shape[1] - tokens + 1), stride or tokens)]

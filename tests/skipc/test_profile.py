@@ -13,6 +13,7 @@ import torch
 import skipc
 from skipc.calibration.batches import batches_of, call_on
 from skipc.calibration.calibrate import EFFORTS, Effort
+from skipc.calibration.subject import Subject
 from tests.harness import STRICT, known_times
 from tests.models.zoo import ZOO
 
@@ -201,6 +202,19 @@ def test_calibration_goes_on_where_it_stopped(made: Any, tmp_path: Path, monkeyp
     assert profile.menu == made[1].menu
     for name, weights in made[1].weights.items():
         assert all(torch.equal(profile.weights[name][key], value) for key, value in weights.items())
+
+
+def test_sites_that_share_a_module_are_left_as_they_are() -> None:
+    from transformers import AlbertConfig, AlbertModel
+
+    config = AlbertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
+        embedding_size=32,
+    )  # fmt: skip
+    subject = Subject(AlbertModel(config).eval(), text(), None, None, 2, 0)
+    assert any(name.endswith("#2") for name in subject.sites)
+    subject.restrict((), None)
+    assert not subject.free
 
 
 def test_what_cannot_be_calibrated_is_refused() -> None:
