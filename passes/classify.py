@@ -19,6 +19,7 @@ from skipc.passes.ops import (
     TOKEN_MIXING,
     VIEWS,
     argument,
+    in_model,
     is_parameter_like,
     op_name,
     tensor,
@@ -108,7 +109,7 @@ def module_paths(node: fx.Node) -> list[str]:
     paths: list[str] = []
     for entry in (node.meta.get("nn_module_stack") or {}).values():
         path = entry[0] if isinstance(entry, tuple) else str(entry)
-        path = re.sub(r"^[LG]\['[^']*'\]", "", path)
+        path = path if (inside := in_model(path)) is None else inside
         path = re.sub(r"(?:\._modules)?\['?([^'\]]+)'?\]", r".\1", path)
         path = re.sub(r"@\d+", "", path).strip(".")
         path = re.sub(r"\.\w*forward\.__self__", "", path)  # a forward that somebody wrapped and set on the instance

@@ -189,6 +189,16 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     )
 
 
+# What Dynamo calls the model: `self`, `fn`, or the first argument of a wrapper around its forward (transformers 5.24's).
+_MODEL = re.compile(r"^[LG]\['(?:args'\]\[0|[^']*')\]")
+
+
+def in_model(path: str) -> str | None:
+    """The part of a path from Dynamo behind the model (``.model.layers.3``); None if it does not begin with one."""
+    found = _MODEL.match(path)
+    return path[found.end() :] if found else None
+
+
 def path_of(node: fx.Node) -> str:
     """Where Dynamo got an input from, as one would write it: ``L['self'].model.layers.3.weight``; empty if unknown."""
     source = str(getattr(getattr(node, "_dynamo_source", None), "name", ""))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 from skipc.passes.fx_edit import copy_graph, fake_mode_of, infer
-from skipc.passes.ops import is_parameter_like, path_of, same_sizes, tensors
+from skipc.passes.ops import in_model, is_parameter_like, path_of, same_sizes, tensors
 from torch import fx
 
 from skipc.ir.errors import PlanError
@@ -17,8 +16,8 @@ def weight_name(node: fx.Node) -> str | None:
     """The name in the model of the parameter that an input of a graph is; None for other inputs."""
     if node.op != "placeholder" or not is_parameter_like(node):
         return None
-    found = re.fullmatch(r"L\['[^']*'\]\.(.+)", path_of(node))
-    return found[1] if found else None
+    path = in_model(path_of(node))
+    return path[1:] if path is not None and path[:1] == "." and len(path) > 1 else None
 
 
 def substitute_weights(gm: fx.GraphModule, shapes: Mapping[str, tuple[int, ...]]) -> fx.GraphModule:
