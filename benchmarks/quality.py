@@ -112,7 +112,7 @@ class Subject:
         total = 0.0
         for batch in self.calibration[:windows]:
             with in_half(torch.device("cpu")):
-                logits = call_on(self.model, batch, skip=skip).logits[0, :-1]
+                logits = call_on(self.model, batch, skipc.Plan(skip)).logits[0, :-1]
             total += float(F.cross_entropy(logits.float(), batch.inputs["input_ids"][0, 1:]))
         return total
 

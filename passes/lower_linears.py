@@ -45,11 +45,13 @@ class LowerLinears(Pass):
         reason = native.available()
         if reason is not None:
             return PassResult(notes=(reason,))
-        groups: dict[fx.Node, list[fx.Node]] = {}
+        groups: dict[tuple[bool, fx.Node], list[fx.Node]] = {}
         flow = Dataflow(gm.graph)
         for node in linears:
-            written = any(flow.storages[a] & flow.written for a in node.all_input_nodes)
-            groups.setdefault(node if written else node.args[0], []).append(node)  # grouped, all run with the first
+            alone = any(flow.storages[a] & flow.written for a in node.all_input_nodes)
+            alone |= any(is_skinny(u) and u.args[0] is node for u in node.users)  # its part of a group has gaps
+            key = (alone, node if alone else node.args[0])
+            groups.setdefault(key, []).append(node)  # grouped, all run with the first
         for group in groups.values():
             self._rewrite(gm.graph, group, flow)
         return PassResult(len(linears), True)

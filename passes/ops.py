@@ -189,7 +189,7 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     )
 
 
-# What Dynamo calls the model: `self`, `fn`, or the first argument of a wrapper around its forward (transformers 5.24's).
+# What Dynamo calls the model: `self`, `fn`, or the first argument of a wrapper around forward (transformers 5.24).
 _MODEL = re.compile(r"^[LG]\['(?:args'\]\[0|[^']*')\]")
 
 

@@ -7,9 +7,12 @@ from math import prod
 from typing import Any
 
 import sympy
+from skipc.passes.hidden_layers import hidden_layer
 from skipc.passes.ops import is_parameter_like, op_name, tensor
 from skipc.passes.residual import Streams
 from torch import fx
+
+from skipc.ir.site import SiteKind
 
 BATCH, TOKENS, CONTEXT = sympy.symbols("B T C", positive=True, integer=True)
 
@@ -24,12 +27,16 @@ class Work:
         attention: floating-point operations between tokens, which also depend on the context ``C``: the tokens that
             are attended to, those of the call included.
         cached: numbers in the keys and values of the context.
+        width: of the stream.
+        neurons: of an MLP that can be made thinner, else 0.
     """
 
     weights: int
     products: sympy.Expr
     attention: sympy.Expr
     cached: sympy.Expr
+    width: int = 0
+    neurons: int = 0
 
 
 def site_work(streams: Streams) -> dict[str, Work]:
@@ -44,11 +51,13 @@ def site_work(streams: Streams) -> dict[str, Work]:
             sizes[_expression(point.shape[1])] = TOKENS
         names = {size: symbol for size, symbol in sizes.items() if isinstance(size, sympy.Symbol)}
         for term in junction.terms:
-            found[term.name] = _work(term.branch, names)
+            hidden = hidden_layer(term.branch) if term.kind is SiteKind.MLP else None
+            width = point.shape[-1] if isinstance(point.shape[-1], int) else 0
+            found[term.name] = _work(term.branch, names, width, hidden.width if hidden is not None else 0)
     return found
 
 
-def _work(branch: list[fx.Node], names: dict[sympy.Expr, sympy.Symbol]) -> Work:
+def _work(branch: list[fx.Node], names: dict[sympy.Expr, sympy.Symbol], width: int, neurons: int) -> Work:
     weights: dict[fx.Node, None] = {}
     products = attention = cached = sympy.Integer(0)
     for node in branch:
@@ -74,7 +83,8 @@ def _work(branch: list[fx.Node], names: dict[sympy.Expr, sympy.Symbol]) -> Work:
                 attention += flops
                 cached += _numel(other.shape)
     products, attention, cached = (sympy.expand(e.subs(names)) for e in (products, attention, cached))
-    return Work(sum(_count(n) for n in weights), products, _over_context(attention), cached.subs(TOKENS, CONTEXT))
+    count = sum(_count(n) for n in weights)
+    return Work(count, products, _over_context(attention), cached.subs(TOKENS, CONTEXT), width, neurons)
 
 
 _ATTENTIONS = frozenset(["scaled_dot_product_attention", "grouped_attention"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from skipc.kernels.chain import ENTRY, NOTHING, BoundChain, Gates, Links
 
-from skipc.ir.program import Arm, Input, KernelCall, KVPolicy, ProgramSpec, Step, Var
+from skipc.ir.program import Arm, Input, KernelCall, KVPolicy, ProgramSpec, Result, Step, Var
 
 BoundCall = Callable[..., torch.Tensor]  # (entry, operands, trusted, gates)
 
@@ -208,12 +208,15 @@ class _Builder:
     def _kernels(self, arm: Arm) -> bool:
         assert arm.region is not None
         kernels = self.spec.regions[arm.region].kernels
-        return bool(kernels) and all(self._link(call, arm) for call in kernels)
+        made = {i: f"{name}.{i}" for i in range(len(kernels) - 1) for name in arm.outputs[:1]}  # seen by nobody else
+        return bool(kernels) and all(self._link(call, arm, made, i) for i, call in enumerate(kernels))
 
-    def _link(self, call: KernelCall, arm: Arm) -> bool:
+    def _link(self, call: KernelCall, arm: Arm, made: dict[int, str], number: int) -> bool:
         def named(value: object) -> object:
             if isinstance(value, tuple):
                 return tuple(map(named, value))
+            if isinstance(value, Result):
+                return made[value.index]
             return arm.inputs[value.index] if isinstance(value, Input) else value
 
         arguments: tuple = tuple(map(named, call.arguments))  # type: ignore[type-arg]
@@ -253,8 +256,8 @@ class _Builder:
             keys, values = arguments[10:12] if call.name == "attention_block" else arguments[9:11]
             self.written |= {keys: None, values: None}
         if result is not None:
-            (output,) = arm.outputs
-            self.values[output] = result
+            read_here = any(Result(number) in c.arguments for c in self.spec.regions[arm.region].kernels)  # type: ignore[index]
+            self.values[made[number] if read_here else arm.outputs[0]] = result
         return True
 
     def _ended(self, last: int) -> Chain | None:

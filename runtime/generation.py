@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,6 +24,13 @@ _MAX_STATIC = 5  # kinds of decoders for which Dynamo compiles anew; it gives up
 OnToken = Callable[[torch.Tensor], Any]
 
 
+def cache_argument(model: torch.nn.Module) -> str | None:
+    """What ``model.forward`` calls its cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before; None if
+    it takes none."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in known), None)
+
+
 class Decoder:
     """A model, a static cache for ``batch`` rows of up to ``length`` tokens, and the buffers that a step reads."""
 
@@ -32,13 +40,14 @@ class Decoder:
         device = next(model.parameters()).device
         self.model, self.call, self.batch, self.length, self.padded = model, call, batch, length, padded
         self.cache: Any = StaticCache(config=model.config, max_cache_len=length)
+        self.cached = {cache_argument(model) or "past_key_values": self.cache}
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.mask = torch.ones(batch, length, dtype=torch.long, device=device)
         self.fed = torch.zeros(batch, length, dtype=torch.long, device=device)  # tokens whose keys the cache has
         self.count = 0
         # One eager token lets the cache take the shapes of any architecture, before anything is compiled.
-        model(input_ids=self.token, past_key_values=self.cache)
+        model(input_ids=self.token, **self.cached)
         self.replay = Replay(self._step, lambda out: out.logits, model, [self.cache, *self.cache.layers])
 
     def fix_sizes(self) -> None:
@@ -63,7 +72,7 @@ class Decoder:
             self.position.copy_(positions[:, -1:])
         self.count = ids.shape[1]
         self.fed[:, : self.count] = ids
-        out = self.call(input_ids=ids, past_key_values=self.cache, **extra, **self._last_only())
+        out = self.call(input_ids=ids, **self.cached, **extra, **self._last_only())
         return out.logits[:, -1]  # type: ignore[no-any-return]
 
     def decode(self, tokens: torch.Tensor, watched: bool = True) -> torch.Tensor:
@@ -98,16 +107,14 @@ class Decoder:
                 if self.padded:
                     positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
                     extra = {"attention_mask": self.mask, "position_ids": positions[:, some]}
-                self.call(input_ids=self.fed[:, some], past_key_values=self.cache, **extra, **self._last_only())
+                self.call(input_ids=self.fed[:, some], **self.cached, **extra, **self._last_only())
                 start = some.stop
 
     def _step(self) -> Any:
         extra = {"attention_mask": self.mask, "position_ids": self.position} if self.padded else {}
-        return self.call(input_ids=self.token, past_key_values=self.cache, **extra)
+        return self.call(input_ids=self.token, **self.cached, **extra)
 
     def _last_only(self) -> dict[str, Any]:
-        import inspect
-
         return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
 
 
@@ -149,7 +156,7 @@ def generate(
         int64 ``[batch, prompt + new]``, as transformers' ``generate``; ``new`` is the longest row's.
 
     Raises:
-        TypeError: if the model takes no ``past_key_values``.
+        TypeError: if the model takes no cache.
         ValueError: for a prompt of the wrong shape or padded on the right.
     """
     model, call = _target(compiled)
@@ -193,12 +200,8 @@ def _target(compiled: Any) -> tuple[torch.nn.Module, Callable[..., Any]]:
         model = getattr(compiled, "_orig_mod", compiled)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"skipc.generate takes a compiled model, not {type(compiled).__name__}")
-    import inspect
-
-    if "past_key_values" not in inspect.signature(model.forward).parameters or not hasattr(model, "config"):
-        raise TypeError(
-            f"skipc.generate needs a Hugging Face decoder; {type(model).__name__}.forward takes no past_key_values"
-        )
+    if cache_argument(model) is None or not hasattr(model, "config"):
+        raise TypeError(f"skipc.generate needs a Hugging Face decoder; {type(model).__name__}.forward takes no cache")
     if getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(f"skipc.generate runs decoders alone; use compiled.generate(...) for {type(model).__name__}")
     return model, compiled

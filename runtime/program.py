@@ -117,7 +117,7 @@ class Program:
         """A call without a session."""
         if self.plan is None:
             return self.run(inputs, self.exact)
-        program, inputs = self.variants.under(self.plan, inputs)
+        program, inputs = self.variants.under(self.plan, inputs, self.plan.kv or self.default_kv)
         return program.run(inputs, program.arms_under(self.plan))
 
     def arms_under(self, plan: Plan, skip: frozenset[str] = frozenset(), kv: KVPolicy | None = None) -> Arms:
@@ -296,14 +296,14 @@ class Repeated:
         self.program, self.inputs = program, inputs
         self._parameters = program.parameters_of(inputs)
         self._steps: dict[Selection, BoundProgram] = {}
-        self._under: weakref.WeakKeyDictionary[Plan, Repeated] = weakref.WeakKeyDictionary()
+        self._under: weakref.WeakKeyDictionary[Plan, dict[KVPolicy, Repeated]] = weakref.WeakKeyDictionary()
         self._checked: set[Selection] = set()  # plans that have looked at the inputs since they may have changed
 
     def __call__(self, trusted: bool) -> tuple[Any, ...]:
         """The next outputs. ``trusted``: no code that could have moved or resized an input has run since the last."""
         if not trusted:
             self._checked.clear()
-            for other in self._under.values():
+            for other in (r for by_kv in self._under.values() for r in by_kv.values()):
                 other._checked.clear()
         session = sessions.session_for(self._parameters) if sessions.any_open() else None
         if session is not None:
@@ -311,15 +311,16 @@ class Repeated:
         plan = self.program.plan
         if plan is None:
             return self.run(self.program.exact)
-        other = self.under(plan)
+        other = self.under(plan, plan.kv or self.program.default_kv)
         return other.run(other.program.arms_under(plan))
 
-    def under(self, plan: Plan) -> Repeated:
-        """The same for the weights of a plan."""
-        if plan not in self._under:
-            program, inputs = self.program.variants.under(plan, self.inputs)
-            self._under[plan] = program.repeated(inputs)
-        return self._under[plan]
+    def under(self, plan: Plan, kv: KVPolicy) -> Repeated:
+        """The same for the weights and replacements of a plan; see :meth:`Variants.under`."""
+        made = self._under.setdefault(plan, {})
+        if kv not in made:
+            program, inputs = self.program.variants.under(plan, self.inputs, kv)
+            made[kv] = program.repeated(inputs)
+        return made[kv]
 
     def run(self, how: Arms | GatedCall) -> tuple[Any, ...]:
         program, selection = self.program, _selection(how)

@@ -102,7 +102,7 @@ class Session:
         self._backfilled = 0
         self._governed: Sequence[int] | None = None
         self._unreached = set(self.skip)
-        self._unused = set(plan.weights) if plan is not None else set()
+        self._unused = {*plan.weights, *plan.replace} if plan is not None else set()
         self._checked: set[Program] = set()
         self._lock = threading.RLock()  # a policy may ask for statistics
         known = known_sites(self.parameters)
@@ -132,7 +132,7 @@ class Session:
         elif self._unreached:
             raise SessionError(f"never reached, so never skipped: {', '.join(sorted(self._unreached))}")
         elif self._unused:
-            raise SessionError(f"weights of the plan that no call had a use for: {', '.join(sorted(self._unused))}")
+            raise SessionError(f"of the plan, no call had a use for: {', '.join(sorted(self._unused))}")
 
     def bind(self, function: Callable[P, R]) -> Callable[P, R]:
         """``function``, to be run in another thread under this session."""
@@ -178,14 +178,15 @@ class Session:
             self._check(program, inputs)
         preset = program.plan if self.plan is None else None
         plan = preset or self.plan
-        if plan is not None and plan.weights:
+        if plan is not None and not plan.whole:
             if self._unused:
-                self._unused.difference_update(name for name, _ in program.spec.weights)
+                self._unused -= {name for name, _ in program.spec.weights} | program.site_names
+            under = self.kv or plan.kv or program.default_kv
             if repeated is not None:
-                repeated = repeated.under(plan)
+                repeated = repeated.under(plan, under)
                 program, inputs = repeated.program, repeated.inputs
             else:
-                program, inputs = program.variants.under(plan, inputs)
+                program, inputs = program.variants.under(plan, inputs, under)
         run = repeated.run if repeated is not None else None
         kv = self.kv or program.default_kv
         if self.steering is not None:
@@ -326,6 +327,10 @@ class Session:
         if self.model is None:
             return
         known = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in plan.replace:
+            if _submodule(self.model, name) is None:
+                sites = known_sites(_parameters(self.model)) or dict(self.model.named_modules())
+                raise UnknownSiteError(name, sorted(sites))
         for name in plan.weights:
             if name not in known:
                 close = nearest(name, known)

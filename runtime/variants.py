@@ -1,4 +1,4 @@
-"""One program for other weights than the model's."""
+"""The programs that plans need beside a model's own: for weights of other shapes, and for sites that are replaced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from skipc.runtime import registry
 
 from skipc.ir.errors import PlanError
-from skipc.ir.plan import Plan, Shapes
+from skipc.ir.plan import Plan, ReplacedSite, Shapes
+from skipc.ir.program import KVPolicy
 
 if TYPE_CHECKING:
     from skipc.runtime.program import Program
@@ -40,65 +41,98 @@ class SizeGuards:
         return all(bool(guard.subs(values)) for guard in self.guards)
 
 
-CompileFor = Callable[[dict[str, tuple[int, ...]]], tuple["Program", SizeGuards]]
+@dataclass(frozen=True)
+class Replaced:
+    """Sites of a program that are replaced, and whether attentions among them still write their keys and values."""
+
+    sites: tuple[ReplacedSite, ...] = ()
+    keep_keys: bool = True
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What a plan is to a program: weights by their position, shapes of those that are not shaped like the model's,
+    sites that are replaced, and the tensors for them, which are inputs behind all others."""
+
+    weights: Mapping[int, torch.Tensor]
+    shapes: Shapes
+    replaced: tuple[ReplacedSite, ...]
+    tensors: tuple[torch.Tensor, ...]
+
+
+CompileFor = Callable[[dict[str, tuple[int, ...]], Replaced], tuple["Program", SizeGuards]]
 
 
 class Variants:
-    """The programs that plans need beside ``program``: one for each set of weights' shapes, compiled when the first
-    such plan comes. Plans of the model's own shapes run on ``program`` itself."""
+    """The programs that plans need beside ``program``: one for each set of weights' shapes and replaced sites, compiled
+    when the first such plan comes. Plans of the model's own shapes run on ``program`` itself."""
 
     def __init__(self, program: Program, compile_for: CompileFor | None):
         self._program = weakref.ref(program)
         self._compile_for = compile_for
         self._places = dict(program.spec.weights)
-        self._compiled: dict[Shapes, tuple[Program, SizeGuards]] = {}
-        self._fitting: weakref.WeakKeyDictionary[Plan, tuple[dict[int, torch.Tensor], Shapes]]
-        self._fitting = weakref.WeakKeyDictionary()
+        self._compiled: dict[tuple[Shapes, Replaced], tuple[Program, SizeGuards]] = {}
+        self._fitting: weakref.WeakKeyDictionary[Plan, _Fit] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def under(self, plan: Plan, inputs: Sequence[Any]) -> tuple[Program, Sequence[Any]]:
-        """What runs under ``plan`` instead of the program, and its inputs.
+    def under(self, plan: Plan, inputs: Sequence[Any], kv: KVPolicy) -> tuple[Program, Sequence[Any]]:
+        """What runs under ``plan`` instead of the program, and its inputs. ``kv``: what attentions that are replaced
+        write to their caches, of which ``"none"`` alone is anything but all.
 
         Raises:
-            PlanError: if the program cannot run with the plan's weights.
+            PlanError: if the program cannot run with the plan's weights and replacements.
         """
         program = self._program()
         assert program is not None
         if plan not in self._fitting:
-            self._fitting[plan] = self._fit(plan, inputs)
-        weights, shapes = self._fitting[plan]
-        if not weights:
+            self._fitting[plan] = self._fit(program, plan, inputs)
+        fit = self._fitting[plan]
+        if not fit.weights and not fit.replaced:
             return program, inputs
         given = list(inputs)
-        for at, value in weights.items():
+        for at, value in fit.weights.items():
             given[at] = value
-        return (self._for(shapes, inputs) if shapes else program), given
+        if not fit.shapes and not fit.replaced:
+            return program, given
+        compiled = self._for(fit.shapes, Replaced(fit.replaced, not fit.replaced or kv != "none"), inputs)
+        return compiled, [*given, *fit.tensors]
 
-    def _fit(self, plan: Plan, inputs: Sequence[Any]) -> tuple[dict[int, torch.Tensor], Shapes]:
-        """The weights of ``plan`` that this program has, by position, of the dtype and on the device of the model's;
-        and the shapes of those that are not shaped like them."""
+    def _fit(self, program: Program, plan: Plan, inputs: Sequence[Any]) -> _Fit:
+        """What of ``plan`` this program has, of the dtype and on the device of the model's weights."""
         places = {self._places[name]: value for name, value in plan.weights.items() if name in self._places}
         weights = {at: v.to(inputs[at].device, inputs[at].dtype).contiguous() for at, v in places.items()}
         names = {at: name for name, at in self._places.items()}
         shapes = sorted((names[at], tuple(v.shape)) for at, v in weights.items() if v.shape != inputs[at].shape)
-        return weights, tuple(shapes)
+        here = sorted(name for name in plan.replace if name in program.site_names)
+        like = next((inputs[i] for i in self._places.values() if inputs[i].is_floating_point()), None)
+        if here and like is None:
+            raise PlanError("a program without weights has nothing that could be replaced")
+        tensors = [
+            t.to(like.device, like.dtype).contiguous()  # type: ignore[union-attr]
+            for n in here
+            for t in plan.replace[n].tensors.values()
+        ]
+        replaced = tuple(ReplacedSite.of(n, plan.replace[n]) for n in here)
+        return _Fit(weights, tuple(shapes), replaced, tuple(tensors))
 
-    def _for(self, shapes: Shapes, inputs: Sequence[Any]) -> Program:
+    def _for(self, shapes: Shapes, replaced: Replaced, inputs: Sequence[Any]) -> Program:
+        key = shapes, replaced
         with self._lock:
-            if shapes not in self._compiled:
+            if key not in self._compiled:
                 program = self._program()
                 assert program is not None
                 if self._compile_for is None:
-                    raise PlanError("weights of other shapes need lowering='outline'")
+                    raise PlanError("weights of other shapes and replaced sites need lowering='outline'")
                 registry.note_compilation(program.parameters_of(inputs))
                 start = time.perf_counter()
-                self._compiled[shapes] = self._compile_for(dict(shapes))
+                self._compiled[key] = self._compile_for(dict(shapes), replaced)
                 log.warning(
-                    "compiled once for a plan that changes the shapes of %d weights (%.1f s)",
+                    "compiled once for a plan that changes the shapes of %d weights and replaces %d sites (%.1f s)",
                     len(shapes),
+                    len(replaced.sites),
                     time.perf_counter() - start,
                 )
-        compiled, guards = self._compiled[shapes]
+        compiled, guards = self._compiled[key]
         if guards.guards and not guards.hold(inputs):
             where = " and ".join(map(str, guards.guards))
             raise PlanError(

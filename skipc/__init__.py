@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         VersionError,
     )
     from skipc.ir.gating import GateTable
-    from skipc.ir.plan import Plan
+    from skipc.ir.plan import Affine, LowRank, Plan
     from skipc.ir.route import Route
     from skipc.ir.site import Reason, Rejection, Site, SiteKind, SiteReport
     from skipc.model import CompiledModel, compile, session
@@ -68,7 +68,7 @@ _HOME = {
     "skipc.packaging": ["package"],
     "skipc.runtime.generation": ["generate"],
     "skipc.ir.gating": ["GateTable"],
-    "skipc.ir.plan": ["Plan"],
+    "skipc.ir.plan": ["Affine", "LowRank", "Plan"],
     "skipc.ir.route": ["Route"],
     "skipc.runtime.policies": [
         "AdaSkip", "Call", "EarlyExit", "FFNSkip", "Lagged", "Observe", "Policy", "PredictionExit", "Routed",
@@ -80,12 +80,12 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "AdaSkip", "AlreadyCompiledError", "Call", "CompiledModel", "Config", "ConfigError", "EarlyExit", "Explanation",
-    "FFNSkip", "FallbackError", "GateTable", "Lagged", "NoResidualStreamError", "Observe", "PassError", "Plan",
-    "PlanError", "Policy", "PredictionExit", "Profile", "ProfileError", "Reason", "Rejection", "Route", "Routed",
-    "Session", "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode",
-    "SkipcError", "Static", "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile",
-    "explain", "find_sites", "generate", "list_options", "package", "session",
+    "AdaSkip", "Affine", "AlreadyCompiledError", "Call", "CompiledModel", "Config", "ConfigError", "EarlyExit",
+    "Explanation", "FFNSkip", "FallbackError", "GateTable", "Lagged", "LowRank", "NoResidualStreamError", "Observe",
+    "PassError", "Plan", "PlanError", "Policy", "PredictionExit", "Profile", "ProfileError", "Reason", "Rejection",
+    "Route", "Routed", "Session", "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind",
+    "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified", "UnknownSiteError", "VersionError", "Worthwhile",
+    "calibrate", "compile", "explain", "find_sites", "generate", "list_options", "package", "session",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from skipc.ir.config import BUDGETS, Config
 from skipc.ir.errors import ConfigError, NoResidualStreamError, PlanError, ProfileError, SkipcError, UnknownSiteError
 from skipc.ir.plan import Plan
 from skipc.passes.base import Pass, PassContext
+from skipc.passes.find_sites import FindSites
 from skipc.passes.fx_edit import copy_graph
 from skipc.passes.lowering.inductor import check_torch_version, compile_whole, late_guards
 from skipc.passes.lowering.outline import Outline
@@ -21,11 +22,12 @@ from skipc.passes.lowering.whole import lower_cond, lower_static
 from skipc.passes.manager import PassManager
 from skipc.passes.ops import is_parameter_like, is_random, op_name, switches_autocast_off, tensors
 from skipc.passes.pipeline import REGION_PIPELINE
+from skipc.passes.replace_sites import replace_sites
 from skipc.passes.substitute_weights import substitute_weights, weight_name
 from skipc.runtime import registry
 from skipc.runtime.graph_program import CondProgram, StaticProgram
 from skipc.runtime.program import Fallback, Program
-from skipc.runtime.variants import SizeGuards
+from skipc.runtime.variants import Replaced, SizeGuards
 
 log = logging.getLogger("skipc")
 
@@ -126,17 +128,17 @@ def preset_plan(program: Program, gm: fx.GraphModule, example_inputs: Sequence[A
     return plan_for(config.profile, BUDGETS[config.preset], named)
 
 
-def build_program(gm: fx.GraphModule, config: Config) -> Program:
-    """Run the passes over ``gm``, and lower and compile the result."""
+def build_program(gm: fx.GraphModule, config: Config, replaced: Replaced | None = None) -> Program:
+    """Run the passes over ``gm``, and lower and compile the result, with some sites replaced."""
     partial = graph_break_of(gm)
     if config.lowering == "outline":
-        outline, _ = build_outline(gm, config)
+        outline, _ = build_outline(gm, config, replaced=replaced)
         functions = outline.compile(config)
         kept = copy_graph(gm)  # Dynamo strips its own
 
-        def compile_for(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Program, SizeGuards]:
+        def compile_for(shapes: Mapping[str, tuple[int, ...]], replaced: Replaced) -> tuple[Program, SizeGuards]:
             with late_guards(kept) as guards:
-                program = build_program(substitute_weights(kept, shapes), config)
+                program = build_program(substitute_weights(kept, shapes), config, replaced)
             values = [n.meta.get("example_value") for n in _placeholders(kept)]
             symbols = {v.node.expr: i for i, v in enumerate(values) if isinstance(v, torch.SymInt)}
             return program, SizeGuards(tuple(guards), symbols)
@@ -153,7 +155,10 @@ def build_program(gm: fx.GraphModule, config: Config) -> Program:
 
 
 def build_outline(
-    gm: fx.GraphModule, config: Config, region_passes: tuple[type[Pass], ...] = REGION_PIPELINE
+    gm: fx.GraphModule,
+    config: Config,
+    region_passes: tuple[type[Pass], ...] = REGION_PIPELINE,
+    replaced: Replaced | None = None,
 ) -> tuple[Outline, PassManager]:
     """Run the passes over ``gm`` and outline the result, without compiling anything.
 
@@ -163,6 +168,14 @@ def build_outline(
     manager = PassManager(PassContext(config), region_passes=region_passes)
     transformed = manager.run(gm)
     streams = manager.ctx.streams
+    if replaced is not None and replaced.sites and streams is not None:
+        kinds = {t.name: t.kind for j in streams.junctions for t in j.terms}
+        replace_sites(transformed, streams, replaced.sites, replaced.keep_keys)
+        FindSites().run(transformed, manager.ctx)
+        streams = manager.ctx.streams
+        assert streams is not None
+        for term in (t for j in streams.junctions for t in j.terms):
+            term.kind = kinds.get(term.name, term.kind)  # for policies, it is still what it stands for
     assert streams is not None
     if not streams.junctions:
         raise NoResidualStreamError(FallbackReason.NO_STREAM)

@@ -21,6 +21,7 @@ from skipc.dynamo import compile_isolated
 from skipc.loading import load_smollm2
 from skipc.model import CompiledModel
 from skipc.model import compile as compile_model
+from skipc.runtime.generation import cache_argument
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 console = Console(width=120)
@@ -91,10 +92,10 @@ def _session(run: Run) -> Any:
     return run.call.session(skip=run.skip) if isinstance(run.call, CompiledModel) else nullcontext()
 
 
-def _new_cache(model: Any, prompt: torch.Tensor, new_tokens: int) -> Any:
+def _new_cache(model: Any, prompt: torch.Tensor, new_tokens: int) -> dict[Any, Any]:
     from transformers import StaticCache
 
-    return StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
+    return {cache_argument(model): StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)}
 
 
 def _cold(call: Callable[..., Any], model: Any, prompt: torch.Tensor, new_tokens: int) -> float:
@@ -104,8 +105,8 @@ def _cold(call: Callable[..., Any], model: Any, prompt: torch.Tensor, new_tokens
     cache = _new_cache(model, prompt, new_tokens)
     with fresh_cache():
         start = time.perf_counter()
-        logits = call(prompt, past_key_values=cache, logits_to_keep=1).logits
-        call(logits[:, -1:].argmax(-1), past_key_values=cache, logits_to_keep=1)
+        logits = call(prompt, **cache, logits_to_keep=1).logits
+        call(logits[:, -1:].argmax(-1), **cache, logits_to_keep=1)
         return time.perf_counter() - start
 
 
@@ -146,13 +147,13 @@ def _time(runs: list[Run], model: Any, prompt: torch.Tensor, new_tokens: int) ->
     last = []
     for run, cache in zip(runs, caches, strict=True):
         with _session(run):
-            last.append(run.call(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1))
+            last.append(run.call(prompt, **cache, logits_to_keep=1).logits[:, -1:].argmax(-1))
         run.tokens = (int(last[-1]),)
     for _ in track(range(new_tokens - 1), "decoding, one token each in turn", console=console):
         for i, run in enumerate(runs):
             with _session(run):
                 start = time.perf_counter()
-                last[i] = run.call(last[i], past_key_values=caches[i], logits_to_keep=1).logits[:, -1:].argmax(-1)
+                last[i] = run.call(last[i], **caches[i], logits_to_keep=1).logits[:, -1:].argmax(-1)
                 times[i].append(time.perf_counter() - start)
             run.tokens += (int(last[i]),)
     for run, seconds in zip(runs, times, strict=True):

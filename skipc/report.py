@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipc.calibration.profile import Profile
+from skipc.calibration.profile import Profile, told
+from skipc.ir.plan import RUN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,25 +83,16 @@ def write_report(
         pictures[name] = base64.b64encode(path.read_bytes()).decode()
     page = Environment(autoescape=True, loader=PackageLoader("skipc", "")).get_template("report.html.j2")
     timings = [
-        (str(t.regime), _run(t.shares), t.seconds * 1e3, profile.costs.seconds(t.regime, t.shares) * 1e3)
+        (str(t.regime), told(t.actions), t.seconds * 1e3, profile.costs.seconds(t.regime, t.actions) * 1e3)
         for t in profile.timings
     ]
     html = page.render(
         profile=profile, pictures=pictures, samples=samples, timings=timings,
-        menu=[(e, profile.speedup(e), _what(e.shares)) for e in profile.menu],
+        menu=[(e, profile.speedup(e), told(e.actions)) for e in profile.menu],
         about=json.dumps(profile.about, indent=1),
     )  # fmt: skip
     (folder / "report.html").write_text(html)
     return folder / "report.html"
-
-
-def _what(shares: Mapping[str, float]) -> str:
-    out = sum(s == 0 for s in shares.values())
-    return f"{len(shares) - out} thin, {out} left out"
-
-
-def _run(shares: Mapping[str, float]) -> str:
-    return _what(shares) if shares else "all whole"
 
 
 def _figure(**size: Any) -> Any:
@@ -174,22 +166,28 @@ def _sites(profile: Profile) -> Figure:
 
 
 def _plans(profile: Profile) -> Figure:
-    """What each plan leaves of each site."""
+    """What each plan leaves of each site's time."""
     names = list(profile.sites)
     kinds = list(dict.fromkeys(f.kind for f in profile.sites.values()))
     depth = 1 + max(f.layer for f in profile.sites.values())
     rows = [(e.name, kind) for e in profile.menu for kind in kinds]
     grid = [[1.0] * depth for _ in rows]
+    ranks: list[tuple[int, int, str]] = []
     for i, (plan, kind) in enumerate(rows):
-        shares = next(e.shares for e in profile.menu if e.name == plan)
+        actions = next(e.actions for e in profile.menu if e.name == plan)
         for name in names:
             facts = profile.sites[name]
             if facts.kind == kind:
-                grid[i][facts.layer] = shares.get(name, 1.0)
+                whole, action = profile.costs.of_site(profile.regime, name), actions.get(name, RUN)
+                grid[i][facts.layer] = profile.costs.of_site(profile.regime, name, action) / whole if whole else 0.0
+                if action.kind == "lowrank":
+                    ranks.append((facts.layer, i, str(action.size)))
     figure, axes = _figure(figsize=(max(7.0, depth * 0.3), 0.8 + 0.35 * max(1, len(rows))))
     image = axes.imshow(grid or [[1.0]], aspect="auto", cmap="viridis", vmin=0, vmax=1)
     axes.set_yticks(range(len(rows)), [f"{plan}: {kind}" for plan, kind in rows])
     axes.set_xlabel("layer")
-    axes.set_title("share of each site's weights that is left; 0 is left out", fontsize=9)
+    for x, y, text in ranks:
+        axes.text(x, y, text, ha="center", va="center", fontsize=6, color="white")
+    axes.set_title("share of each site's time that is left; a number is the rank of a map in its place", fontsize=9)
     figure.colorbar(image, ax=axes)
     return figure  # type: ignore[no-any-return]

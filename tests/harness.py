@@ -212,12 +212,14 @@ def known_times(patch: pytest.MonkeyPatch) -> None:
     ) -> dict[str, list[float]]:
         found = {}
         for name, plan in plans.items():
-            weights, skip = (plan.weights, plan.skip) if plan is not None else ({}, frozenset())
+            plan = plan or skipc.Plan()
+            gone = (*plan.skip, *plan.replace)
             read = sum(
-                weights.get(path, value).numel()
+                plan.weights.get(path, value).numel()
                 for path, value in compiled.model.named_parameters()
-                if value.dim() > 1 and not any(path.startswith(f"{site}.") for site in skip)
+                if value.dim() > 1 and not any(path.startswith(f"{site}.") for site in gone)
             )
+            read += sum(t.numel() for r in plan.replace.values() for t in r.tensors.values())
             found[name] = [2e-5 + read * regime.batch * regime.tokens * 1e-9] * rounds
         return found
 

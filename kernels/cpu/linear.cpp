@@ -8,6 +8,9 @@ Tensor skinny_linear(const Tensor& x, const std::vector<Tensor>& weights,
                      const std::optional<Tensor>& residual) {
   STD_TORCH_CHECK(x.is_contiguous(), "skinny_linear: x must be contiguous");
   STD_TORCH_CHECK(!residual.has_value() || residual->is_contiguous(), "skinny_linear: residual must be contiguous");
+  for (const Tensor& w : weights)
+    STD_TORCH_CHECK(w.size(1) == x.size(x.dim() - 1), "skinny_linear: a weight of ", w.size(1), " columns for rows of ",
+                    x.size(x.dim() - 1));
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const Linears<T> layers(rows_of(x), norm, eps, weights, biases);

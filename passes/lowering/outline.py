@@ -18,6 +18,7 @@ from typing import Any
 
 import sympy
 import torch
+from skipc.passes.branch_source import span_of
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import copy_graph, fake_mode_of
 from skipc.passes.hidden_layers import hidden_layer
@@ -28,7 +29,7 @@ from skipc.passes.lowering.measuring import measure, points_of
 from skipc.passes.lowering.regions import Region, as_it_is
 from skipc.passes.lowering.structure import structure_of, translate
 from skipc.passes.manager import PassManager
-from skipc.passes.ops import is_parameter_like, path_of, tensor, tensors
+from skipc.passes.ops import in_model, is_parameter_like, path_of, tensor, tensors
 from skipc.passes.partition import Partition, Slot
 from skipc.passes.residual import Streams
 from skipc.passes.substitute_weights import weight_name
@@ -240,6 +241,7 @@ class Outline:
                 writes = self.builder.droppable(slot, [term])
                 returned = self.builder.kept(slot, [term])
                 slice_size = len(self.builder.slice_of(slot, [*writes, *returned]))
+                span = span_of(term, slot.junction, self.flow)  # type: ignore[arg-type]
                 sites.append(
                     Site(
                         name=term.name,
@@ -251,6 +253,7 @@ class Outline:
                         effects=tuple(map(_written_name, writes)),
                         returned=len(returned),
                         hidden=hidden_layer(term.branch) if term.kind is SiteKind.MLP else None,
+                        source=span.source if span is not None else None,
                     )
                 )
         return tuple(sites)
@@ -369,7 +372,7 @@ def _variable_names(graph: fx.Graph, partition: Partition) -> dict[fx.Node, str]
         if node in names or node.op in ("output", "get_attr"):
             continue
         if node.op == "placeholder":
-            claim(node, re.sub(r"^L\['(?:self|args|kwargs|fn)'\]", "", path_of(node) or node.name))
+            claim(node, in_model(path_of(node)) or node.name)
         else:
             claim(node, node.name)
     return names

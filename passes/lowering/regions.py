@@ -15,7 +15,7 @@ from skipc.passes.lowering.inductor import Compiled
 from skipc.passes.ops import HEAVY, VIEWS, op_name, tensor, written_arguments
 from torch import fx
 
-from skipc.ir.program import Input, KernelCall, RegionInfo
+from skipc.ir.program import Input, KernelCall, RegionInfo, Result
 
 _FREE = VIEWS | frozenset(["getitem", "expand", "transpose", "permute", "size", "add_", "arange", "add", "to", "sub"])
 
@@ -57,23 +57,25 @@ class Region:
 
 
 def kernel_calls(graph: fx.Graph) -> tuple[KernelCall, ...]:
-    """What ``graph`` does, if that is calling one sublayer kernel, whose result it returns, and counting; or counting
-    alone. Otherwise nothing."""
-    places: dict[fx.Node, int] = {}
+    """What ``graph`` does, if that is calling sublayer kernels, each of which may read what earlier ones made and the
+    last of which makes its result, and counting. Otherwise nothing."""
+    places: dict[fx.Node, Input | Result] = {}
     calls: list[KernelCall] = []
-    results: list[fx.Node] = []
+    result: fx.Node | None = None
     for node in graph.nodes:
         if node.op == "placeholder":
-            places[node] = len(places)
+            places[node] = Input(len(places))
         elif node.op == "output":
-            if list(node.args[0]) != results or len(results) > 1:
+            if list(node.args[0]) != ([result] if result is not None else []):
                 return ()
         elif any(n not in places for n in node.all_input_nodes):
             return ()
         elif node.target in SUBLAYERS:
-            if tensor(node) is not None:
-                results.append(node)
             calls.append(KernelCall(node.target._opname, _as_tuples(node.args, places)))
+            if tensor(node) is not None:
+                if result is not None and result not in node.all_input_nodes:
+                    return ()
+                result, places[node] = node, Result(len(calls) - 1)
         elif op_name(node) == "add_" and isinstance(node.args[1], int) and not node.kwargs and not node.users:
             value = tensor(node.args[0])
             if value is None or value.dtype != torch.int64 or value.dim():
@@ -84,10 +86,10 @@ def kernel_calls(graph: fx.Graph) -> tuple[KernelCall, ...]:
     return tuple(calls)
 
 
-def _as_tuples(value: Any, places: dict[fx.Node, int]) -> Any:
+def _as_tuples(value: Any, places: dict[fx.Node, Input | Result]) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_as_tuples(v, places) for v in value)
-    return Input(places[value]) if isinstance(value, fx.Node) else value
+    return places[value] if isinstance(value, fx.Node) else value
 
 
 def as_it_is(gm: fx.GraphModule) -> Compiled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from torch.func import functional_call
 
 from skipc.ir.errors import PlanError
+from skipc.ir.plan import Plan, Replacement
+from skipc.ir.site import Source
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,9 @@ class Batch:
 
     @property
     def valid(self) -> torch.Tensor | None:
-        """bool ``[batch, tokens]``, False for padding; None if there is none."""
-        mask = self.inputs.get("attention_mask")
+        """bool ``[batch, tokens]``, False for padding (of a decoder's tokens, where it has an encoder beside it); None
+        if there is none."""
+        mask = self.inputs.get("decoder_attention_mask" if "decoder_input_ids" in self.inputs else "attention_mask")
         return mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
     @property
@@ -57,15 +60,11 @@ def batches_of(model: torch.nn.Module, given: Iterable[Any]) -> list[Batch]:
     return made
 
 
-def call_on(
-    model: torch.nn.Module,
-    batch: Batch,
-    weights: Mapping[str, torch.Tensor] | None = None,
-    skip: Iterable[str] = (),
-) -> Any:
-    """What ``model`` gives for ``batch``, with some of its parameters replaced and some sites left out."""
-    with left_out(model, skip):
-        return functional_call(model, dict(weights or {}), (), dict(batch.inputs), tie_weights=False)
+def call_on(model: torch.nn.Module, batch: Batch, plan: Plan | None = None) -> Any:
+    """What ``model`` gives for ``batch`` in eager, under ``plan``."""
+    plan = plan or Plan()
+    with left_out(model, plan.skip), replaced(model, plan.replace):
+        return functional_call(model, plan.weights, (), dict(batch.inputs), tie_weights=False)
 
 
 @contextmanager
@@ -75,12 +74,62 @@ def left_out(model: torch.nn.Module, skip: Iterable[str]) -> Iterator[None]:
     Raises:
         PlanError: for a site that no module stands for.
     """
-    handles = [module_of(model, name).register_forward_hook(_nothing) for name in skip]
+    with hooked((module_of(model, name), _nothing) for name in skip):
+        yield
+
+
+@contextmanager
+def replaced(model: torch.nn.Module, replace: Mapping[str, Replacement]) -> Iterator[None]:
+    """Have the modules of these sites give what their replacements make.
+
+    Raises:
+        PlanError: for a site that no module stands for.
+    """
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def instead(site: str, replacement: Replacement) -> Hook:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            made = replacement.made(*seen.pop(site)).to(first_of(output).dtype)
+            return made if isinstance(output, torch.Tensor) else type(output)((made, *output[1:]))
+
+        return hook
+
+    hooks = [(module_of(model, r.source.module), reading(r.source, site, seen)) for site, r in replace.items()]
+    hooks += [(module_of(model, site), instead(site, r)) for site, r in replace.items()]
+    with hooked(hooks):
+        yield
+
+
+def reading(source: Source, site: str, seen: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Hook:
+    """A hook for the module of ``source`` that keeps the stream before ``site``, and what its branch reads, in
+    ``seen``."""
+
+    def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+        value = first_of(output)
+        seen[site] = (args[0] if source.normed else value, value)
+
+    return hook
+
+
+Hook = Callable[[torch.nn.Module, Any, Any], Any]
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[torch.nn.Module, Hook]]) -> Iterator[None]:
+    """Have these functions called behind these modules, while the block runs."""
+    handles: list[Any] = []
     try:
+        handles += [module.register_forward_hook(hook) for module, hook in hooks]
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def first_of(output: Any) -> torch.Tensor:
+    """What a module gives, or the first part of it."""
+    value: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return value
 
 
 def module_of(model: torch.nn.Module, site: str) -> torch.nn.Module:
@@ -103,7 +152,8 @@ def _nothing(module: torch.nn.Module, args: Any, output: Any) -> Any:
 
 def in_half(device: torch.device) -> AbstractContextManager[Any]:
     """bfloat16 matrix products where the machine has units for them: for statistics and training, not for judging."""
-    fast = device.type != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    known = torch.cpu.get_capabilities()
+    fast = device.type != "cpu" or bool(known.get("amx_bf16") or known.get("avx512_bf16"))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 

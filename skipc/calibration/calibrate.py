@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,23 +16,26 @@ import torch
 import skipc
 from skipc.calibration.checkpoint import checkpoint_digest
 from skipc.calibration.costs import CostModel, Regime, Timing, trace_work
-from skipc.calibration.curvature import Curvatures
+from skipc.calibration.curvature import Curvatures, metric_of
 from skipc.calibration.distillation import distill
+from skipc.calibration.fitting import fit_plan
 from skipc.calibration.judging import Judge, Judgement
 from skipc.calibration.planning import Option, choose
 from skipc.calibration.profile import Entry, Profile, SiteFacts
+from skipc.calibration.replacing import fit
 from skipc.calibration.sampling import sample_calls
 from skipc.calibration.stages import Stages
 from skipc.calibration.subject import Subject
-from skipc.calibration.thinning import Elimination, eliminate, thin
+from skipc.calibration.thinning import Elimination, eliminate
 from skipc.ir.errors import PlanError
-from skipc.ir.plan import Plan
+from skipc.ir.plan import RUN, SKIP, Action, Plan
 from skipc.ir.program import KVPolicy
 from skipc.ir.site import HiddenLayer
 from skipc.runtime.policies.base import Phase
 
 _STATISTICS = 1 << 30  # bytes that one pass may take for its sums
 _PARTS = 8  # an MLP's width goes by so many
+_RANKS = (8, 32, 64, 128)  # of maps in the place of sites
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Effort:
     """How much work goes into a profile.
 
     Attributes:
+        chats: of the default text, conversations that the model writes itself, to calibrate on.
         read: batches that statistics are taken of.
         fitted: batches that replacements are fitted on.
         steps: of distillation of each plan, which begins with what the one before it learned.
@@ -51,11 +56,12 @@ class Effort:
     steps: int
     judged: int
     rounds: int
+    chats: int = 0
 
 
 EFFORTS = {
-    "quick": Effort(read=16, fitted=16, steps=32, judged=16, rounds=8),
-    "thorough": Effort(read=48, fitted=48, steps=260, judged=32, rounds=16),
+    "quick": Effort(read=12, fitted=12, steps=24, judged=16, rounds=8, chats=8),
+    "thorough": Effort(read=48, fitted=24, steps=240, judged=32, rounds=12, chats=96),
 }
 
 
@@ -87,7 +93,8 @@ def calibrate(
     Args:
         model: in evaluation mode; left as it is.
         batches: text like that which the model is for: int64 ``[batch, tokens]`` tensors, or dictionaries of keyword
-            arguments. None: English that comes with Python.
+            arguments. None: English that comes with Python and, for chat models, conversations that the model writes
+            itself.
         tokenizer: for the default text.
         held_out: batches to judge plans by; by default each fifth of ``batches``, which is then not calibrated on.
         effort: ``quick`` (minutes) or ``thorough`` (most of an hour for 135 M parameters on two cores).
@@ -111,7 +118,11 @@ def calibrate(
     if any(not 0 < r < 1 for r in removals):
         raise PlanError(f"removals are shares of the sublayers' time, between 0 and 1, not {list(removals)}")
     amount, removals = EFFORTS[effort], sorted(set(removals))
-    subject = Subject(model, batches, held_out, tokenizer, amount.judged, seed)
+    kept = Path(folder) if folder is not None else None
+    bar = (lambda items: _tracked(items, "writing chats")) if progress else None
+    subject = Subject(
+        model, batches, held_out, tokenizer, amount.judged, seed, chats=amount.chats, kept=kept, progress=bar
+    )
     subject.restrict(never, kinds)
     regime = subject.regime(phase, batch, length, cache)
     settings = {
@@ -137,11 +148,12 @@ class _Calibration:
         self.subject, self.model, self.effort, self.regime = subject, subject.model, effort, regime
         self.stages, self.seed, self.shown = stages, seed, progress
         self.layers = subject.layers
+        self.sources = {n: s.source for n, s in subject.free.items() if s.source is not None}
         # A plan leaves out the same sites in all calls of a request: keys that those would write are never read.
         self.kv: KVPolicy | None = "none" if subject.decodes else None
         self.began = time.perf_counter()
         self.menu: list[Entry] = []
-        self.weights: dict[str, dict[str, torch.Tensor]] = {}
+        self.tensors: dict[str, dict[str, torch.Tensor]] = {}
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
@@ -152,7 +164,7 @@ class _Calibration:
             with self._working("timing calls"):
                 found = sample_calls(self.subject, self.regime, self.kv, self.effort.rounds)
             self.stages.put("times", found)
-        self.timings = [Timing(Regime(**t["regime"]), t["shares"], t["seconds"]) for t in found["timings"]]
+        self.timings = [Timing.from_dict(t) for t in found["timings"]]
         self.similarity, self.scale = found["similarity"], found["scale"]
         kinds = {name: site.kind.value for name, site in self.subject.sites.items()}
         size = next(self.model.parameters()).element_size()
@@ -160,42 +172,64 @@ class _Calibration:
         self.costs.fit(self.timings)
 
     def read_statistics(self) -> None:
-        """What leaving out each site costs, and in which order neurons leave."""
+        """What leaving out each site costs, what replacing it does, and in which order neurons leave."""
         found = self.stages.get("statistics")
         if found is None:
             found = self._statistics()
             self.stages.put("statistics", found)
         self.losses: dict[str, float] = found["losses"]
         self.orders = {n: Elimination(e["order"], e["costs"], e["total"]) for n, e in found["orders"].items()}
+        self.errors: dict[str, list[float]] = found["errors"]
+        self.metrics: dict[str, torch.Tensor] = found["metrics"]
 
     def _statistics(self) -> dict[str, Any]:
         read = self.subject.given[: self.effort.read]
         losses: dict[str, float] = {}
         orders: dict[str, Any] = {}
-        names, groups = list(self.layers), list[list[str]]()
-        while names:
-            size, group = 0, list[str]()
-            while names and (not group or size + self._bytes_of(names[0]) <= _STATISTICS):
-                size += self._bytes_of(names[0])
-                group.append(names.pop(0))
-            groups.append(group)
-        for i, group in enumerate(groups or [[]]):
-            sums = Curvatures({n: self.layers[n] for n in group}, list(self.subject.free) if i == 0 else [])
+        errors: dict[str, list[float]] = {}
+        metrics: dict[str, torch.Tensor] = {}
+        for i, (group, passes) in enumerate((group, len(self._groups)) for group in self._groups):
+            sources = {n: s for n in group if (s := self.subject.sites[n].source) is not None}
+            layers = {n: self.layers[n] for n in group if n in self.layers}
+            sums = Curvatures(layers, group, sources)
             generator = torch.Generator().manual_seed(self.seed)
-            for batch in self._track(read, f"gradients ({i + 1} of {len(groups) or 1})"):
+            for batch in self._track(read, f"gradients ({i + 1} of {passes})"):
                 sums.add(self.model, batch, generator)
             losses |= {n: v / max(sums.tokens, 1) for n, v in sums.losses.items()}
-            for name in self._track(group, "choosing neurons"):
-                layer, curvature = self.layers[name], sums.found.pop(name)
-                columns = curvature.metric() @ self.model.get_parameter(layer.columns).detach().double()
-                least = min(self._widths(layer))
-                made = eliminate(curvature.inputs, columns, least=least)
-                orders[name] = {"order": made.order, "costs": made.costs, "total": made.total}
-        return {"losses": losses, "orders": orders}
+            for name in self._track(group, "choosing neurons, maps"):
+                if name in sums.replaced:
+                    seen = sums.replaced.pop(name)
+                    metric = metric_of(seen.outputs)
+                    errors[name] = fit(sources[name], seen.moments, metric).errors[0]
+                    metrics[name] = metric.float()
+                if name in layers:
+                    layer, curvature = layers[name], sums.found.pop(name)
+                    columns = curvature.metric() @ self.model.get_parameter(layer.columns).detach().double()
+                    made = eliminate(curvature.inputs, columns, least=min(self._widths(layer)))
+                    orders[name] = {"order": made.order, "costs": made.costs, "total": made.total}
+        return {"losses": losses, "orders": orders, "errors": errors, "metrics": metrics}
+
+    @functools.cached_property
+    def _groups(self) -> list[list[str]]:
+        """Sites whose statistics are taken in one pass."""
+        groups: list[list[str]] = [[]]
+        size = 0
+        for name in self.subject.free:
+            own = self._bytes_of(name)
+            if groups[-1] and size + own > _STATISTICS:
+                groups.append([])
+                size = 0
+            size += own
+            groups[-1].append(name)
+        return groups
 
     def _bytes_of(self, name: str) -> int:
-        layer = self.layers[name]
-        return 4 * (layer.width**2 + self.model.get_parameter(layer.columns).shape[0] ** 2)
+        source, numbers = self.subject.sites[name].source, 0
+        if source is not None:
+            numbers += 4 * source.width**2
+        if name in self.layers:
+            numbers += self.layers[name].width ** 2 + self.model.get_parameter(self.layers[name].columns).shape[0] ** 2
+        return 4 * numbers
 
     @staticmethod
     def _widths(layer: HiddenLayer) -> list[int]:
@@ -204,57 +238,58 @@ class _Calibration:
         made = {round(layer.width * k / _PARTS / step) * step for k in range(1, _PARTS)}
         return sorted(w for w in made if 0 < w < layer.width)
 
+    def _ranks(self, site: str) -> list[int]:
+        """Ranks that a map in the place of a site may have."""
+        source = self.subject.sites[site].source
+        return [r for r in _RANKS if source is not None and r * 4 <= source.width]
+
     def options(self, site: str) -> list[Option]:
         """All ways to run a site."""
-        whole = self.costs.of_site(self.regime, site)
-        made = [Option(1.0, 0.0, 0.0)]
+        whole, loss = self.costs.of_site(self.regime, site), self.losses.get(site)
+        ways = {RUN: 0.0}
         if site in self.layers:
-            layer, order = self.layers[site], self.orders[site]
-            for width in self._widths(layer):
-                share = width / layer.width
-                loss = order.error(width) * order.total
-                made.append(Option(share, loss, whole - self.costs.of_site(self.regime, site, share)))
-        if site in self.losses:
-            made.append(Option(0.0, self.losses[site], whole))
-        return made
+            order = self.orders[site]
+            ways |= {Action("thin", w): order.error(w) * order.total for w in self._widths(self.layers[site])}
+        if loss is not None:
+            if site in self.errors:
+                ways |= {Action("lowrank", r): max(0.0, self.errors[site][r]) * loss for r in self._ranks(site)}
+            ways[SKIP] = loss
+        return [Option(a, cost, whole - self.costs.of_site(self.regime, site, a)) for a, cost in ways.items()]
 
     def make_menu(self, removals: Sequence[float], most_in_a_row: int | None) -> None:
         """The plans, each of which begins where the one before it ended."""
         judge: Judge | None = None
         total = sum(self.costs.of_site(self.regime, name) for name in self.subject.sites)
-        shares: dict[str, float] = {}
-        plan = Plan()
+        saved = dict.fromkeys(self.subject.free, 0.0)
+        plan = Plan(kv=self.kv)
         for removal in removals:
-            ways = {n: [o for o in self.options(n) if o.share <= shares.get(n, 1.0)] for n in self.subject.free}
+            ways = {n: [o for o in self.options(n) if o.seconds >= saved[n]] for n in self.subject.free}
             chosen = choose(ways, removal * total, most_in_a_row)
-            shares = {n: o.share for n, o in chosen.items() if o.share < 1}
+            saved = {n: o.seconds for n, o in chosen.items()}
+            actions = {n: o.action for n, o in chosen.items() if o.action != RUN}
             name = f"{removal * 100:g}%"
             steps = self.effort.steps
             found = self.stages.get(name)
             if found is None:
-                plan = self._made(plan, shares, steps, name)
+                plan = self._made(plan, actions, steps, name)
                 judge = judge or self._judge()
                 with self._working(f"{name}: judging"):
                     judgement = judge.judge(plan)
-                found = {"weights": plan.weights, "judgement": asdict(judgement)}
+                found = {"tensors": plan.trained, "judgement": asdict(judgement)}
                 self.stages.put(name, found)
-            plan = Plan([n for n, s in shares.items() if s == 0], found["weights"], kv=self.kv)
-            removed = sum(o.seconds for o in chosen.values()) / total
-            self.menu.append(Entry(name, shares, Judgement(**found["judgement"]), removed, steps, self.kv))
-            if found["weights"]:
-                self.weights[name] = dict(found["weights"])
+            removed = sum(saved.values()) / total
+            entry = Entry(name, actions, Judgement(**found["judgement"]), removed, steps, self.kv)
+            plan = entry.plan(found["tensors"], self.sources)
+            self.menu.append(entry)
+            if found["tensors"]:
+                self.tensors[name] = dict(found["tensors"])
 
-    def _made(self, plan: Plan, shares: Mapping[str, float], steps: int, name: str) -> Plan:
-        skip = [n for n, s in shares.items() if s == 0]
-        widths = {n: round(s * self.layers[n].width) for n, s in shares.items() if s > 0}
-        kept = {p for n in widths for p in (self.layers[n].columns, *(r for r, _ in self.layers[n].rows))}
-        start = Plan(skip, {n: v for n, v in plan.weights.items() if n in kept})
-        with torch.no_grad():
-            made = thin(
-                self.model, self.subject.given[: self.effort.fitted], self.subject.sites.values(), widths,
-                orders=self.orders, start=start, progress=self._bar(f"{name}: fitting"),
-            )  # fmt: skip
-        if steps and made.weights:
+    def _made(self, plan: Plan, actions: Mapping[str, Action], steps: int, name: str) -> Plan:
+        made = fit_plan(
+            self.model, self.subject.given[: self.effort.fitted], self.subject.sites.values(), actions,
+            orders=self.orders, metrics=self.metrics, start=plan, kv=self.kv, progress=self._bar(f"{name}: fitting"),
+        )  # fmt: skip
+        if steps and not made.whole:
             made = distill(
                 self.model, made, self.subject.given, steps, seed=self.seed,
                 progress=self._bar(f"{name}: training"),
@@ -263,7 +298,7 @@ class _Calibration:
 
     def _judge(self) -> Judge:
         with self._working("judging the whole model"):
-            return Judge(self.model, self.subject.judged)
+            return Judge(self.model, self.subject.judged, self.subject.kinds)
 
     # -- the result ---------------------------------------------------------------------------------------------------
 
@@ -284,22 +319,20 @@ class _Calibration:
                 {p: v[name] for p, v in self.scale.items() if name in v},
                 {w: self.orders[name].error(w) * self.orders[name].total for w in self._widths(self.layers[name])}
                 if name in self.layers else {},
+                {r: self.errors[name][r] * self.losses[name] for r in self._ranks(name)}
+                if name in self.errors and name in self.losses else {},
+                site.source,
             )
             for name, site in self.subject.sites.items()
         }  # fmt: skip
         return Profile(
-            effort, about, self.subject.digests, sites, self.costs, self.timings, self.regime, self.menu, self.weights
+            effort, about, self.subject.digests, sites, self.costs, self.timings, self.regime, self.menu, self.tensors
         )
 
     # -- progress -----------------------------------------------------------------------------------------------------
 
     def _track(self, items: Iterable[Any], what: str) -> Iterator[Any]:
-        if not self.shown:
-            return iter(items)
-        from rich.progress import track
-
-        items = list(items)
-        return iter(track(items, description=f"{what:<28}", total=len(items)))
+        return _tracked(items, what) if self.shown else iter(items)
 
     def _bar(self, what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
         return lambda items: self._track(items, what)
@@ -313,3 +346,10 @@ class _Calibration:
 
         with Console().status(what):
             yield
+
+
+def _tracked(items: Iterable[Any], what: str) -> Iterator[Any]:
+    from rich.progress import track
+
+    items = list(items)
+    return iter(track(items, description=f"{what:<28}", total=len(items)))

@@ -14,6 +14,7 @@ from torch import fx
 from skipc.calibration.batches import Batch
 from skipc.dynamo import compile_isolated
 from skipc.ir.config import Config
+from skipc.ir.plan import RUN, Action
 from skipc.passes.base import PassContext
 from skipc.passes.manager import PassManager
 from skipc.passes.site_work import BATCH, CONTEXT, TOKENS, Work, site_work
@@ -47,12 +48,21 @@ class Regime:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of a call that runs ``shares`` of its sites: 0 for a site left out, 1 for a whole one, and what is
-    left of its weights for a thin one. Sites not named are whole."""
+    """Median seconds of a call in which sites do ``actions``; those not named run as they are."""
 
     regime: Regime
-    shares: Mapping[str, float]
+    actions: Mapping[str, Action]
     seconds: float
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Timing:
+        """From plain data."""
+        return cls(Regime(**record["regime"]), actions_of(record["actions"]), record["seconds"])
+
+
+def actions_of(record: Mapping[str, Any]) -> dict[str, Action]:
+    """Actions by site, from plain data."""
+    return {site: Action(**action) for site, action in record.items()}
 
 
 @torch.no_grad()
@@ -84,7 +94,8 @@ class CostModel:
 
     A call takes something for itself, for each token and for each site that runs, and then the time of its bytes and
     operations: of weights, of cached keys and values, of products with weights and of attention. What each of them
-    takes is fitted for each phase, by least squares of relative errors, none of them negative.
+    takes is fitted for each phase, by least squares of relative errors, none of them negative. Replacements are a kind
+    of site of their own.
 
     Args:
         work: by site.
@@ -94,7 +105,7 @@ class CostModel:
 
     def __init__(self, work: Mapping[str, Work], kinds: Mapping[str, str], size: int):
         self.work, self.kinds, self.size = dict(work), dict(kinds), size
-        self.names = ["call", "token", *(f"overhead of {k}" for k in sorted(set(kinds.values()))),
+        self.names = ["call", "token", *(f"overhead of {k}" for k in (*sorted(set(kinds.values())), "replacement")),
                       "weights", "cache", "products", "attention"]  # fmt: skip
         self.coefficients: dict[str, dict[str, float]] = {}
         self._compiled = {
@@ -106,57 +117,66 @@ class CostModel:
         """Fit to measured calls. Phases without any are left out."""
         for phase in sorted({t.regime.phase for t in timings}):
             own = [t for t in timings if t.regime.phase == phase]
-            rows = torch.tensor([self._features(t.regime, t.shares) for t in own], dtype=torch.float64)
+            rows = torch.tensor([self._features(t.regime, t.actions) for t in own], dtype=torch.float64)
             seconds = torch.tensor([t.seconds for t in own], dtype=torch.float64)
             found = nonnegative_least_squares(rows / seconds[:, None], torch.ones(len(own), dtype=torch.float64))
             self.coefficients[phase] = dict(zip(self.names, found.tolist(), strict=True))
 
-    def seconds(self, regime: Regime, shares: Mapping[str, float] | None = None) -> float:
+    def seconds(self, regime: Regime, actions: Mapping[str, Action] | None = None) -> float:
         """What a call takes.
 
         Raises:
             KeyError: if no call of this phase was measured.
         """
         weights = self.coefficients[regime.phase]
-        return sum(weights[n] * f for n, f in zip(self.names, self._features(regime, shares or {}), strict=True))
+        return sum(weights[n] * f for n, f in zip(self.names, self._features(regime, actions or {}), strict=True))
 
-    def of_site(self, regime: Regime, site: str, share: float = 1.0) -> float:
-        """What ``share`` of a site takes of a call."""
+    def of_site(self, regime: Regime, site: str, action: Action = RUN) -> float:
+        """What a site takes of a call if it does ``action``."""
         weights = self.coefficients[regime.phase]
-        values = self._of_site(regime, site, share)
+        values = self._of_site(regime, site, action)
         return sum(weights[n] * f for n, f in zip(self.names, values, strict=True))
 
     def error(self, timings: Sequence[Timing]) -> float:
         """The largest relative error in predicting some measured calls."""
-        return max(abs(self.seconds(t.regime, t.shares) / t.seconds - 1) for t in timings)
+        return max(abs(self.seconds(t.regime, t.actions) / t.seconds - 1) for t in timings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        work = {n: [w.weights, str(w.products), str(w.attention), str(w.cached)] for n, w in self.work.items()}
+        work = {
+            n: [w.weights, str(w.products), str(w.attention), str(w.cached), w.width, w.neurons]
+            for n, w in self.work.items()
+        }
         return {"work": work, "kinds": self.kinds, "size": self.size, "coefficients": self.coefficients}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> CostModel:
         """What :meth:`to_dict` made. Expressions are polynomials in B, T and C."""
-        work = {n: Work(w[0], *(_polynomial(e) for e in w[1:])) for n, w in record["work"].items()}
+        work = {n: Work(w[0], *map(_polynomial, w[1:4]), *w[4:]) for n, w in record["work"].items()}
         made = cls(work, record["kinds"], record["size"])
         made.coefficients = record["coefficients"]
         return made
 
-    def _features(self, regime: Regime, shares: Mapping[str, float]) -> list[float]:
+    def _features(self, regime: Regime, actions: Mapping[str, Action]) -> list[float]:
         total = [1.0, float(regime.batch * regime.tokens)] + [0.0] * (len(self.names) - 2)
         for site in self.work:
-            total = [a + b for a, b in zip(total, self._of_site(regime, site, shares.get(site, 1.0)), strict=True)]
+            total = [a + b for a, b in zip(total, self._of_site(regime, site, actions.get(site, RUN)), strict=True)]
         return total
 
-    def _of_site(self, regime: Regime, site: str, share: float) -> list[float]:
-        values = dict.fromkeys(self.names, 0.0)
-        if share > 0:
+    def _of_site(self, regime: Regime, site: str, action: Action) -> list[float]:
+        values, work = dict.fromkeys(self.names, 0.0), self.work[site]
+        if action.kind in ("run", "thin"):
+            share = action.size / work.neurons if action.kind == "thin" else 1.0
             products, attention, cached = self._compiled[site](regime.batch, regime.tokens, regime.context)
             values[f"overhead of {self.kinds[site]}"] = 1.0
-            values["weights"] = self.work[site].weights * self.size * share
+            values["weights"] = work.weights * self.size * share
             values["products"] = float(products) * share
             values["attention"], values["cache"] = float(attention), float(cached) * self.size
+        elif action.kind != "skip":
+            numbers = (2 * action.size + 1) * work.width
+            values["overhead of replacement"] = 1.0
+            values["weights"] = numbers * self.size
+            values["products"] = 2.0 * numbers * regime.batch * regime.tokens
         return list(values.values())
 
 

@@ -13,15 +13,28 @@ pair of vectors for each token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from skipc.calibration.batches import Batch, call_on, device_of, in_half, module_of, result_of, valid_rows
-from skipc.ir.site import HiddenLayer
+from skipc.calibration.batches import (
+    Batch,
+    Hook,
+    call_on,
+    device_of,
+    first_of,
+    hooked,
+    in_half,
+    module_of,
+    reading,
+    result_of,
+    valid_rows,
+)
+from skipc.calibration.replacing import Moments
+from skipc.ir.plan import Plan
+from skipc.ir.site import HiddenLayer, Source
 
 _MOST = 100.0  # times the mean: a few tokens have squared gradients so large that nothing else would be seen
 
@@ -42,9 +55,7 @@ class Curvature:
 
     def add(self, h: torch.Tensor, g: torch.Tensor) -> None:
         """Take in tokens: ``h`` fp32 ``[tokens, in]``, ``g`` fp32 ``[tokens, out]``."""
-        norms = g.pow(2).sum(-1)
-        norms = norms.clamp(max=float(norms.mean()) * _MOST)
-        scaled = h * norms.sqrt()[:, None]
+        scaled = h * _clamped(g).sqrt()[:, None]
         self.inputs.addmm_(scaled.T, scaled)
         self.outputs.addmm_(g.T, g)
         self.tokens += len(h)
@@ -52,9 +63,33 @@ class Curvature:
     def metric(self) -> torch.Tensor:
         """float64 ``[out, out]``, a symmetric root: what a change ``D`` of the layer costs, in nats per token, is
         ``tr(E inputs E')`` with ``E = metric @ D``."""
-        values, vectors = torch.linalg.eigh(self.outputs.double())
-        root = (values.clamp(min=0) / values.sum().clamp(min=1e-300)).sqrt()
-        return (vectors * root) @ vectors.T * (0.5 / max(self.tokens, 1)) ** 0.5
+        return metric_of(self.outputs) * (0.5 / max(self.tokens, 1)) ** 0.5
+
+
+def metric_of(gradients: torch.Tensor) -> torch.Tensor:
+    """The symmetric root, float64, of second moments of gradients, whose trace is made 1."""
+    values, vectors = torch.linalg.eigh(gradients.double())
+    root = (values.clamp(min=0) / values.sum().clamp(min=1e-300)).sqrt()
+    return (vectors * root) @ vectors.T
+
+
+@dataclass
+class SiteCurvature:
+    """Sums over tokens, for one site: of its inputs and outputs weighted by ``|g|^2``, and of ``g g'``, with ``g`` the
+    gradients of its module's output."""
+
+    moments: Moments
+    outputs: torch.Tensor
+
+    def add(self, x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, g: torch.Tensor) -> None:
+        """Take in tokens: the stream, what the branch reads, what the module gives, fp32 ``[tokens, width]`` each."""
+        self.moments.add(x, u, y, _clamped(g)[:, None].sqrt())
+        self.outputs.addmm_(g.T, g)
+
+
+def _clamped(g: torch.Tensor) -> torch.Tensor:
+    norms = g.pow(2).sum(-1)
+    return norms.clamp(max=float(norms.mean()) * _MOST)
 
 
 @dataclass
@@ -64,62 +99,78 @@ class Curvatures:
     Attributes:
         layers: the linear layers behind the neurons of MLPs, by site.
         sites: names of sites to leave out.
+        sources: of sites to replace.
         found: curvature of the layers.
+        replaced: that of the sites to replace.
         losses: sums over tokens of half of ``(g . f)^2``: to second order, what leaving out a site costs.
         tokens: how many there were.
     """
 
     layers: Mapping[str, HiddenLayer]
     sites: Sequence[str]
+    sources: Mapping[str, Source] = field(default_factory=dict)
     found: dict[str, Curvature] = field(default_factory=dict)
+    replaced: dict[str, SiteCurvature] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
 
     def add(self, model: torch.nn.Module, batch: Batch, generator: torch.Generator) -> None:
         """Run ``model`` forward and backward on one batch."""
         own = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
-        seen: list[tuple[str, torch.Tensor | None, torch.Tensor]] = []
-        with torch.enable_grad(), self._watched(model, seen), in_half(device_of(model)):
-            output = call_on(model, batch, own)
+        seen: list[_Seen] = []
+        with torch.enable_grad(), hooked(self._hooks(model, seen)), in_half(device_of(model)):
+            output = call_on(model, batch, Plan(weights=own))
             score = log_likelihood(output, batch, generator)
-            gradients = torch.autograd.grad(score, [s[2] for s in seen], allow_unused=True)
-        for (name, h, output), gradient in zip(seen, gradients, strict=True):
+            gradients = torch.autograd.grad(score, [s.output for s in seen], allow_unused=True)
+        for one, gradient in zip(seen, gradients, strict=True):
             if gradient is None:
                 continue
             g = valid_rows(gradient, batch)
-            if h is None:
-                lost = (g * valid_rows(output.detach(), batch)).sum(-1).double().pow(2).sum() / 2
-                self.losses[name] = self.losses.get(name, 0.0) + float(lost)
-            else:
-                if name not in self.found:
-                    inside, outside = (torch.zeros(n, n, device=g.device) for n in (h.shape[-1], g.shape[-1]))
-                    self.found[name] = Curvature(inside, outside)
-                self.found[name].add(valid_rows(h, batch), g)
+            if one.neurons is not None:
+                if one.name not in self.found:
+                    inside, outside = (torch.zeros(n, n, device=g.device) for n in (one.neurons.shape[-1], g.shape[-1]))
+                    self.found[one.name] = Curvature(inside, outside)
+                self.found[one.name].add(valid_rows(one.neurons, batch), g)
+                continue
+            y = valid_rows(one.output.detach(), batch)
+            if one.name in self.sites:
+                lost = (g * y).sum(-1).double().pow(2).sum() / 2
+                self.losses[one.name] = self.losses.get(one.name, 0.0) + float(lost)
+            if one.read is not None:
+                if one.name not in self.replaced:
+                    width = y.shape[-1]
+                    empty = torch.zeros(width, width, device=g.device)
+                    self.replaced[one.name] = SiteCurvature(Moments.empty(width, g.device), empty)
+                x, u = (valid_rows(t.detach(), batch) for t in one.read)
+                self.replaced[one.name].add(x, u, y, g)
         self.tokens += batch.tokens if batch.valid is None else int(batch.valid.sum())
 
-    @contextmanager
-    def _watched(
-        self, model: torch.nn.Module, seen: list[tuple[str, torch.Tensor | None, torch.Tensor]]
-    ) -> Iterator[None]:
-        def note(name: str, with_input: bool) -> Any:
+    def _hooks(self, model: torch.nn.Module, seen: list[_Seen]) -> list[tuple[torch.nn.Module, Hook]]:
+        read: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def note(name: str, neurons: bool) -> Hook:
             def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-                value = output if isinstance(output, torch.Tensor) else output[0]
+                value = first_of(output)
                 if not value.requires_grad:  # no weight does: gradients begin at the first output that is watched
                     value.requires_grad_()
-                seen.append((name, args[0].detach() if with_input else None, value))
+                seen.append(_Seen(name, value, args[0].detach() if neurons else None, read.pop(name, None)))
 
             return hook
 
-        handles = [
-            model.get_submodule(layer.columns.rpartition(".")[0]).register_forward_hook(note(name, True))
+        hooks = [(module_of(model, s.module), reading(s, name, read)) for name, s in self.sources.items()]
+        hooks += [
+            (model.get_submodule(layer.columns.rpartition(".")[0]), note(name, True))
             for name, layer in self.layers.items()
         ]
-        handles += [module_of(model, name).register_forward_hook(note(name, False)) for name in self.sites]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooks + [(module_of(model, n), note(n, False)) for n in dict.fromkeys((*self.sites, *self.sources))]
+
+
+@dataclass
+class _Seen:
+    name: str
+    output: torch.Tensor
+    neurons: torch.Tensor | None
+    read: tuple[torch.Tensor, torch.Tensor] | None
 
 
 def log_likelihood(output: Any, batch: Batch, generator: torch.Generator) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,12 @@ def distill(
     Raises:
         PlanError: if the plan has no weights.
     """
-    if not plan.weights:
+    start = {name: value.detach() for name, value in plan.trained.items()}
+    if not start:
         raise PlanError("the plan has no weights to train")
     own = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
-    weights = {name: value.detach().float().clone().requires_grad_() for name, value in plan.weights.items()}
+    dtype = next(iter(own.values())).dtype
+    weights = {name: value.float().clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.Adam(weights.values(), lr=rate, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
     generator = torch.Generator().manual_seed(seed)
@@ -53,13 +55,15 @@ def distill(
             with torch.no_grad():
                 truth = call_on(model, batch)
             with torch.enable_grad():
-                loss = divergence(truth, call_on(model, batch, {**own, **_cast(weights, own)}, plan.skip), batch)
+                student = plan.with_tensors({n: v.to(dtype) for n, v in weights.items()})
+                student.weights = {**own, **student.weights}  # whose gradients nobody asks for
+                loss = divergence(truth, call_on(model, batch, student), batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
         schedule.step()
-    return Plan(plan.skip, {name: value.detach().to(own[name].dtype) for name, value in weights.items()})
+    return plan.with_tensors({name: value.detach().to(dtype) for name, value in weights.items()})
 
 
 def divergence(truth: Any, found: Any, batch: Batch) -> torch.Tensor:
@@ -76,7 +80,3 @@ def _share(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return _LAST + (1 - _LAST) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _cast(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.to(own[name].dtype) for name, value in weights.items()}

@@ -1,4 +1,4 @@
-"""Which sites to leave out or make thinner, for so many seconds."""
+"""What to do with which sites, for so many seconds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from skipc.ir.errors import PlanError
+from skipc.ir.plan import SKIP, Action
 
 _HALVINGS = 80
 
@@ -15,12 +16,12 @@ class Option:
     """One way to run a site.
 
     Attributes:
-        share: of its weights that are left; 0 leaves the site out.
+        action: that it is.
         loss: nats per token that it costs, as far as one can tell from this site alone.
         seconds: that it saves in each call.
     """
 
-    share: float
+    action: Action
     loss: float
     seconds: float
 
@@ -51,7 +52,7 @@ def choose(
         if not run:
             return _given_back(ways, chosen, seconds)
         worst = max(run, key=lambda site: chosen[site].loss / max(chosen[site].seconds, 1e-12))
-        ways[worst] = [o for o in ways[worst] if o.share > 0]
+        ways[worst] = [o for o in ways[worst] if o.action != SKIP]
 
 
 def _cheapest(ways: Mapping[str, Sequence[Option]], seconds: float) -> dict[str, Option]:
@@ -94,7 +95,7 @@ def _too_long(chosen: Mapping[str, Option], most: int | None) -> list[str]:
     """The first stretch of more than ``most`` sites that are left out."""
     run: list[str] = []
     for site, option in chosen.items():
-        run = [*run, site] if option.share == 0 else []
+        run = [*run, site] if option.action == SKIP else []
         if most is not None and len(run) > most:
             return run
     return []

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,16 +16,17 @@ from typing import Any
 import torch
 
 from skipc.calibration.checkpoint import checkpoint_digest, differing
-from skipc.calibration.costs import CostModel, Regime, Timing
+from skipc.calibration.costs import CostModel, Regime, Timing, actions_of
 from skipc.calibration.judging import Judgement
 from skipc.ir.errors import PlanError, ProfileError
-from skipc.ir.plan import Expectation, Plan
+from skipc.ir.plan import REPLACEMENTS, Action, Expectation, Plan, Replacement
 from skipc.ir.program import KVPolicy
+from skipc.ir.site import Source
 from skipc.runtime.policies.base import Phase
 
 log = logging.getLogger("skipc")
 
-VERSION = 1
+VERSION = 2
 _JSON, _TENSORS = "profile.json", "plans.safetensors"
 
 
@@ -38,6 +40,8 @@ class SiteFacts:
         similarity: mean cosine of the stream before and after, by phase.
         scale: mean ratio of their norms, by phase.
         widths: neurons that an MLP may keep, and the nats per token that each costs.
+        ranks: of linear maps in its place, and the nats per token that each costs.
+        source: what such maps read; None if there can be none.
     """
 
     kind: str
@@ -46,6 +50,15 @@ class SiteFacts:
     similarity: Mapping[str, float] = field(default_factory=dict)
     scale: Mapping[str, float] = field(default_factory=dict)
     widths: Mapping[int, float] = field(default_factory=dict)
+    ranks: Mapping[int, float] = field(default_factory=dict)
+    source: Source | None = None
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> SiteFacts:
+        """From plain data."""
+        found = {k: v for k, v in record.items() if k not in ("widths", "ranks", "source")}
+        widths, ranks = ({int(k): v for k, v in record[name].items()} for name in ("widths", "ranks"))
+        return cls(**found, widths=widths, ranks=ranks, source=Source(**record["source"]) if record["source"] else None)
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class Entry:
 
     Attributes:
         name: of the plan in the profile.
-        shares: what is left of each site's weights; sites not named are whole, 0 is left out.
+        actions: what it does with each site; those not named run as they are.
         judgement: what it loses on text that it was not made from.
         removed: share of the sublayers' time that it saves in the regime that it was made for.
         steps: of distillation.
@@ -62,11 +75,40 @@ class Entry:
     """
 
     name: str
-    shares: Mapping[str, float]
+    actions: Mapping[str, Action]
     judgement: Judgement
     removed: float
     steps: int = 0
     kv: KVPolicy | None = None
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Entry:
+        """From plain data."""
+        parts = {"actions": actions_of(record["actions"]), "judgement": Judgement(**record["judgement"])}
+        return cls(**{**record, **parts})
+
+    def plan(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        sources: Mapping[str, Source],
+        expected: Expectation | None = None,
+    ) -> Plan:
+        """It as a plan, with tensors as :attr:`Plan.trained` names them."""
+        skip = [site for site, action in self.actions.items() if action.kind == "skip"]
+        replace: dict[str, Replacement] = {}
+        for site, action in self.actions.items():
+            if action.kind in ("lowrank", "affine", "scale"):
+                kind = REPLACEMENTS["lowrank" if action.kind == "lowrank" else "affine"]
+                replace[site] = kind(sources[site], **{n: tensors[f"{site}/{n}"] for n in kind.names()})  # type: ignore[arg-type]
+        weights = {n: t for n, t in tensors.items() if "/" not in n}
+        return Plan(skip, weights, expected, self.kv, replace)
+
+
+def told(actions: Mapping[str, Action]) -> str:
+    """Actions in a few words."""
+    counts = Counter(a.kind for a in actions.values())
+    words = {"thin": "thin", "lowrank": "low rank", "affine": "affine", "scale": "scaled", "skip": "left out"}
+    return ", ".join(f"{counts[k]} {word}" for k, word in words.items() if counts[k]) or "all whole"  # type: ignore[index]
 
 
 @dataclass
@@ -82,7 +124,7 @@ class Profile:
         timings: of real calls, to which ``costs`` was fitted.
         regime: what the menu was made for.
         menu: plans, the least loss first.
-        weights: of the plans, by the plan's name.
+        tensors: of the plans, by the plan's name, as :attr:`Plan.trained` names them.
     """
 
     effort: str
@@ -93,7 +135,7 @@ class Profile:
     timings: list[Timing]
     regime: Regime
     menu: list[Entry]
-    weights: dict[str, dict[str, torch.Tensor]]
+    tensors: dict[str, dict[str, torch.Tensor]]
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -144,11 +186,11 @@ class Profile:
 
     def plan_of(self, entry: Entry, regime: Regime | None = None) -> Plan:
         """An entry of the menu as a plan."""
-        skip = [site for site, share in entry.shares.items() if share == 0]
         expected = Expectation(
             entry.name, entry.judgement.loss, entry.judgement.low, entry.judgement.high, self.speedup(entry, regime)
         )
-        return Plan(skip, self.weights.get(entry.name, {}), expected, entry.kv)
+        sources = {name: facts.source for name, facts in self.sites.items() if facts.source is not None}
+        return entry.plan(self.tensors.get(entry.name, {}), sources, expected)
 
     def speedup(self, entry: Entry, regime: Regime | None = None) -> float:
         """Speed over skipc's exact mode, by the cost model.
@@ -160,7 +202,7 @@ class Profile:
         if regime.phase not in self.costs.coefficients:
             known = ", ".join(self.costs.coefficients) or "none"
             raise ProfileError(f"the profile has no measured calls of phase {regime.phase!r} (it has {known})")
-        return self.costs.seconds(regime) / self.costs.seconds(regime, entry.shares)
+        return self.costs.seconds(regime) / self.costs.seconds(regime, entry.actions)
 
     def _regime(self, phase: Phase | None, batch: int | None, length: int | None, cache: int | None) -> Regime:
         base = self.regime
@@ -206,7 +248,7 @@ class Profile:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{p}/{n}": v.contiguous() for p, weights in self.weights.items() for n, v in weights.items()}
+        tensors = {f"{p}/{n}": v.contiguous() for p, own in self.tensors.items() for n, v in own.items()}
         save_file(tensors, folder / _TENSORS)
         record = {
             "version": VERSION,
@@ -255,34 +297,31 @@ class Profile:
             raise ProfileError(f"{folder / _TENSORS} is missing") from None
         if not sound:
             raise ProfileError(f"{folder / _TENSORS} is damaged, or belongs to another profile")
-        weights: dict[str, dict[str, torch.Tensor]] = {}
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in load_file(folder / _TENSORS).items():
             plan, _, name = key.partition("/")
-            weights.setdefault(plan, {})[name] = value
+            tensors.setdefault(plan, {})[name] = value
         return cls(
             effort=record["effort"],
             about=record["about"],
             digests=record["parameters"],
-            sites={
-                n: SiteFacts(**{**f, "widths": {int(k): v for k, v in f["widths"].items()}})
-                for n, f in record["sites"].items()
-            },
+            sites={n: SiteFacts.from_dict(f) for n, f in record["sites"].items()},
             costs=CostModel.from_dict(record["costs"]),
-            timings=[Timing(Regime(**t["regime"]), t["shares"], t["seconds"]) for t in record["timings"]],
+            timings=[Timing.from_dict(t) for t in record["timings"]],
             regime=Regime(**record["regime"]),
-            menu=[Entry(**{**e, "judgement": Judgement(**e["judgement"])}) for e in record["menu"]],
-            weights=weights,
+            menu=[Entry.from_dict(e) for e in record["menu"]],
+            tensors=tensors,
         )
 
     def __str__(self) -> str:
         lines = [
             f"profile of {self.about.get('model', '?')} ({self.checkpoint}), {self.effort}, for {self.regime}",
-            f"  {'plan':<8}  {'speed':>6}  {'removed':>7}  {'sites':<22}  loss on other text",
+            f"  {'plan':<8}  {'speed':>6}  {'removed':>7}  {'sites':<36}  loss on other text",
         ]
         for e in self.menu:
-            out = sum(s == 0 for s in e.shares.values())
-            what = f"{len(e.shares) - out} thin, {out} left out"
-            lines.append(f"  {e.name:<8}  {self.speedup(e):>5.2f}x  {e.removed:>7.0%}  {what:<22}  {e.judgement}")
+            lines.append(
+                f"  {e.name:<8}  {self.speedup(e):>5.2f}x  {e.removed:>7.0%}  {told(e.actions):<36}  {e.judgement}"
+            )
         return "\n".join(lines)
 
 

@@ -13,11 +13,12 @@ from skipc.calibration.similarity import measure_similarity
 from skipc.calibration.subject import Subject
 from skipc.calibration.thinning import thin_weights
 from skipc.calibration.timing import medians, time_calls
-from skipc.ir.plan import Plan
+from skipc.ir.plan import SKIP, Action, LowRank, Plan
 from skipc.ir.program import KVPolicy
 from skipc.model import compile as compile_model
 
 _PREFILLS = (64, 256)  # tokens of the prefills that are timed beside decode steps
+_RANK = 32  # of the replacements that are timed
 _SAMPLED = 4  # batches that similarities are taken on
 _PROMPT, _NEW = 128, 16  # tokens of the prompts that similarities of decode steps are taken behind, and of steps
 
@@ -26,7 +27,7 @@ def sample_calls(subject: Subject, regime: Regime, kv: KVPolicy | None, rounds: 
     """Timings of whole calls, of calls without some sites and with thin ones, in ``regime`` and near it, and mean
     similarities and scales of all sites by phase: as plain data."""
     compiled = compile_model(subject.model, on_error="raise")
-    plans, shares = timed_plans(subject, kv)
+    plans, actions = timed_plans(subject, kv)
     regimes = [regime]
     if subject.decodes:
         nearer = max(16, regime.context // 4)
@@ -35,7 +36,7 @@ def sample_calls(subject: Subject, regime: Regime, kv: KVPolicy | None, rounds: 
     timings = []
     for sampled in regimes:
         seconds = medians(time_calls(compiled, sampled, plans, rounds, subject.given[0]))
-        timings += [asdict(Timing(sampled, shares[name], taken)) for name, taken in seconds.items()]
+        timings += [asdict(Timing(sampled, actions[name], taken)) for name, taken in seconds.items()]
     similarity: dict[str, Mapping[str, float]] = {}
     scale: dict[str, Mapping[str, float]] = {}
     few = subject.given[:_SAMPLED]
@@ -48,15 +49,15 @@ def sample_calls(subject: Subject, regime: Regime, kv: KVPolicy | None, rounds: 
     return {"timings": timings, "similarity": similarity, "scale": scale}
 
 
-def timed_plans(subject: Subject, kv: KVPolicy | None) -> tuple[dict[str, Plan | None], dict[str, dict[str, float]]]:
-    """Plans whose times tell what each kind of site takes, and what they leave of each site: all, none of a kind, half
-    of the sites of a kind, and MLPs of half their width."""
+def timed_plans(subject: Subject, kv: KVPolicy | None) -> tuple[dict[str, Plan | None], dict[str, dict[str, Action]]]:
+    """Plans whose times tell what each kind of site takes, and what they do with each site: all run, none of a kind,
+    half of the sites of a kind, MLPs of half their width, and all that can be replaced."""
     plans: dict[str, Plan | None] = {"whole": None}
-    shares: dict[str, dict[str, float]] = {"whole": {}}
+    actions: dict[str, dict[str, Action]] = {"whole": {}}
     for kind in sorted({s.kind.value for s in subject.sites.values()}):
         names = [n for n, s in subject.sites.items() if s.kind.value == kind]
         for label, some in ((f"no {kind}", names), (f"half {kind}", names[::2])):
-            plans[label], shares[label] = Plan(some, kv=kv), dict.fromkeys(some, 0.0)
+            plans[label], actions[label] = Plan(some, kv=kv), dict.fromkeys(some, SKIP)
     if subject.layers:
         weights: dict[str, torch.Tensor] = {}
         for layer in subject.layers.values():
@@ -64,5 +65,13 @@ def timed_plans(subject: Subject, kv: KVPolicy | None) -> tuple[dict[str, Plan |
             columns = subject.model.get_parameter(layer.columns).detach()[:, half]
             weights |= thin_weights(subject.model, layer, half, columns)
         plans["thin"] = Plan((), weights)
-        shares["thin"] = {n: (layer.width // 2) / layer.width for n, layer in subject.layers.items()}
-    return plans, shares
+        actions["thin"] = {n: Action("thin", layer.width // 2) for n, layer in subject.layers.items()}
+    sources = {n: s.source for n, s in subject.free.items() if s.source is not None}
+    if sources:
+        zeros = {
+            n: LowRank(s, torch.zeros(_RANK, s.width), torch.zeros(s.width, _RANK), torch.zeros(s.width))
+            for n, s in sources.items()
+        }
+        plans["replaced"] = Plan(kv=kv, replace=zeros)
+        actions["replaced"] = dict.fromkeys(sources, Action("lowrank", _RANK))
+    return plans, actions

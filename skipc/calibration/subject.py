@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from skipc.calibration.batches import Batch, batches_of, call_on, module_of
-from skipc.calibration.checkpoint import bytes_of, digests_of
+from skipc.calibration.checkpoint import bytes_of, checkpoint_digest, digests_of
 from skipc.calibration.costs import Regime
 from skipc.calibration.judging import is_causal
-from skipc.calibration.text import calibration_windows
+from skipc.calibration.text import NoChatsError, calibration_windows, chats
 from skipc.explanation import find_sites
 from skipc.ir.errors import PlanError, UnknownSiteError
 from skipc.ir.site import HiddenLayer, Site
@@ -24,14 +26,25 @@ log = logging.getLogger("skipc")
 _TOKENS = 512  # in a window of the default text
 _ROWS = 4  # that such a window makes where rows are texts of their own (encoders)
 _HELD_OUT = 5  # of the user's batches, each fifth is judged on
+_CHATS = "chats.safetensors"
+_TEMPERATURE = 0.7  # of the answers in them: at 1 those of small models lose their thread
 
 
 class Subject:
     """A model and its text.
 
+    Args:
+        windows: of the default text to judge by. Where there are chats, half of them are.
+        chats: of the default text, conversations that the model writes itself if it can (see
+            :func:`skipc.calibration.text.chats`): so many to calibrate on, among twice as many windows of
+            documentation.
+        kept: a folder that keeps them for the next Subject, in ``chats.safetensors``.
+        progress: wraps an iterable, as ``tqdm`` or ``rich`` do.
+
     Attributes:
-        given: batches to calibrate on.
+        given: batches to calibrate on; of each number of the first of them, a third are chats.
         judged: batches to judge by.
+        kinds: of text that those are: ``documentation`` and ``chats``, or ``text`` that the user brought.
         decodes: whether the model generates text token by token.
         sites: all of them, by name, in order of execution.
         free: those that may be changed.
@@ -47,27 +60,73 @@ class Subject:
         tokenizer: Any,
         windows: int,
         seed: int,
+        *,
+        chats: int = 0,
+        kept: str | Path | None = None,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
     ):
         if model.training:
             raise PlanError("the model is in training mode: call model.eval() first")
         self.model = model
+        self.digests = digests_of(model)
+        self.given: list[Batch]
+        self.judged: list[Batch]
+        self.kinds: list[str]
+        self._kept, self._progress = Path(kept) / _CHATS if kept is not None else None, progress
         if batches is None:
             if tokenizer is None:
                 raise TypeError("give batches, or a tokenizer for the English text that comes with Python")
-            self._default_text(tokenizer, windows, seed)
+            self._default_text(tokenizer, windows, seed, chats)
         else:
             self._given_text(batches, held_out)
-        self.digests = digests_of(model)
+            self.kinds = ["text"] * len(self.judged)
         causal = self._generates(self.given[0])
         self.decodes = causal and hasattr(model, "config") and not getattr(model.config, "is_encoder_decoder", False)
         self.sites: dict[str, Site] = {s.name: s for s in find_sites(model, **self.given[0].inputs).sites}
         self.free = dict(self.sites)
 
-    def _default_text(self, tokenizer: Any, windows: int, seed: int) -> None:
+    def _default_text(self, tokenizer: Any, windows: int, seed: int, count: int) -> None:
         given, judged = calibration_windows(tokenizer, _TOKENS, windows, seed)
+        written: list[torch.Tensor] = []
         if not self._generates(batches_of(self.model, [given[0][:, :8]])[0]):
             given, judged = ([_rows(w) for w in part] for part in (given, judged))
+        elif count:
+            written = self._chats(tokenizer, count + len(judged[::2]), seed)
+        self.kinds = ["documentation"] * len(judged)
+        if written:
+            judged = judged[::2]
+            self.kinds = ["documentation"] * len(judged) + ["chats"] * len(judged)
+            given = _interleaved(given[: 2 * count], written[len(judged) :])
+            judged += written[: len(judged)]
         self.given, self.judged = batches_of(self.model, given), batches_of(self.model, judged)
+
+    def _chats(self, tokenizer: Any, count: int, seed: int) -> list[torch.Tensor]:
+        """So many chats, those that are kept if they are of the same making; none if the model cannot write any."""
+        made_for = json.dumps({
+            "checkpoint": checkpoint_digest(self.digests), "dtype": str(next(self.model.parameters()).dtype),
+            "template": str(getattr(tokenizer, "chat_template", None)), "tokens": _TOKENS, "count": count, "seed": seed,
+            "temperature": _TEMPERATURE,
+        })  # fmt: skip
+        if self._kept is not None and self._kept.exists():
+            from safetensors import safe_open
+
+            with safe_open(self._kept, "pt") as file:
+                if (file.metadata() or {}).get("made_for") == made_for:
+                    log.info("chats: taken from %s", self._kept)
+                    return list(file.get_tensor("input_ids").split(1))
+        try:
+            written = chats(self.model, tokenizer, _TOKENS, count, seed, self._progress, _TEMPERATURE)
+        except NoChatsError as error:
+            log.info("no chats to calibrate on: %s", error)
+            return []
+        if self._kept is not None:
+            from safetensors.torch import save_file
+
+            self._kept.parent.mkdir(parents=True, exist_ok=True)
+            part = self._kept.with_suffix(".part")  # gets its name when all is there
+            save_file({"input_ids": torch.cat(written)}, part, {"made_for": made_for})
+            part.rename(self._kept)
+        return written
 
     def _given_text(self, batches: Iterable[Any], held_out: Iterable[Any] | None) -> None:
         self.given = batches_of(self.model, batches)
@@ -131,6 +190,12 @@ class Subject:
                 if isinstance(value, torch.Tensor):
                     made.update(bytes_of(value))
         return made.hexdigest()[:16]
+
+
+def _interleaved(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+    """Both in their order, the shorter one evenly spread over the longer one."""
+    placed = [((i + 0.5) / len(part), item) for part in (first, second) for i, item in enumerate(part)]
+    return [item for _, item in sorted(placed, key=lambda p: p[0])]
 
 
 def _rows(window: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -8,13 +8,13 @@ Stork 1993; by whole structures, as in ZipLM, arXiv 2302.04089, section 3.1). Th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from skipc.calibration.batches import Batch, call_on, device_of, in_half
+from skipc.calibration.batches import Batch, Hook, call_on, device_of, hooked, in_half
 from skipc.ir.errors import PlanError, UnknownSiteError
 from skipc.ir.plan import Plan
 from skipc.ir.site import HiddenLayer, Site
@@ -35,33 +35,34 @@ class SecondMoments:
         self.tokens = 0
 
     @torch.no_grad()
-    def add(
-        self, model: torch.nn.Module, batch: Batch, weights: Mapping[str, torch.Tensor], skip: Iterable[str] = ()
-    ) -> None:
-        """Run ``model`` with ``weights`` in the place of its own, and without some sites, on one batch."""
-        handles = [
-            _reader(model, layer).register_forward_hook(self._hook(name, batch)) for name, layer in self.layers.items()
-        ]
-        try:
-            with in_half(device_of(model)):
-                call_on(model, batch, weights, skip)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.tokens += int(batch.valid.sum()) if batch.valid is not None else batch.tokens
+    def add(self, model: torch.nn.Module, batch: Batch, plan: Plan | None = None) -> None:
+        """Run ``model`` on one batch, under ``plan``."""
+        with hooked(self.hooks(model, batch)), in_half(device_of(model)):
+            call_on(model, batch, plan)
 
-    def _hook(self, name: str, batch: Batch) -> Any:
+    def hooks(self, model: torch.nn.Module, batch: Batch) -> list[tuple[torch.nn.Module, Hook]]:
+        """What sees the neurons in a call on ``batch``."""
+        self.tokens += int(batch.valid.sum()) if batch.valid is not None else batch.tokens
+        return [(_reader(model, layer), self._hook(name, batch)) for name, layer in self.layers.items()]
+
+    def _hook(self, name: str, batch: Batch) -> Hook:
         def note(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-            h, y = args[0].flatten(0, -2).float(), output.flatten(0, -2).float()
-            scale = y.pow(2).mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-            if batch.valid is not None and batch.valid.numel() == len(h):
-                scale = scale * batch.valid.flatten()[:, None]
-            h = h * scale
+            h = args[0].flatten(0, -2).float()
+            h = h * token_scale(output.flatten(0, -2).float(), batch)
             if name not in self.sums:
                 self.sums[name] = h.new_zeros(h.shape[-1], h.shape[-1])
             self.sums[name].addmm_(h.T, h)
 
         return note
+
+
+def token_scale(output: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """What each token of an output ``[tokens, width]`` is multiplied by, ``[tokens, 1]``: 1 over its size, 0 for
+    padding."""
+    scale = output.pow(2).mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+    if batch.valid is not None and batch.valid.numel() == len(output):
+        scale = scale * batch.valid.flatten()[:, None]
+    return scale
 
 
 def _reader(model: torch.nn.Module, layer: HiddenLayer) -> torch.nn.Module:
@@ -112,7 +113,7 @@ def eliminate(moments: torch.Tensor, columns: torch.Tensor, ridge: float = 1e-3,
     moments = moments.double()
     weight = columns.double().T.clone()
     total = float((weight * (moments @ weight)).sum())
-    inverse = torch.linalg.inv(_ridged(moments, ridge))
+    inverse = torch.linalg.inv(ridged(moments, ridge))
     names = torch.arange(len(moments))
     gone = torch.zeros(len(moments), dtype=torch.bool)
     order: list[int] = []
@@ -143,10 +144,11 @@ def refit(moments: torch.Tensor, columns: torch.Tensor, kept: torch.Tensor, ridg
     """The next layer's weight for the kept neurons alone, ``[out, kept]``, nearest to what all of them give."""
     moments = moments.double()
     right = moments[kept] @ columns.double().T
-    return torch.linalg.solve(_ridged(moments[kept][:, kept], ridge), right).T.to(columns.dtype).contiguous()
+    return torch.linalg.solve(ridged(moments[kept][:, kept], ridge), right).T.to(columns.dtype).contiguous()
 
 
-def _ridged(moments: torch.Tensor, ridge: float) -> torch.Tensor:
+def ridged(moments: torch.Tensor, ridge: float) -> torch.Tensor:
+    """``moments`` with ``ridge`` times their mean on the diagonal."""
     return moments + torch.eye(len(moments), dtype=moments.dtype) * (ridge * float(moments.diagonal().mean()) + 1e-30)
 
 
@@ -161,12 +163,13 @@ def thin_weights(
     ``columns`` for the layer behind them."""
     made = {layer.columns: columns}
     for name, times in layer.rows:
-        value = _parameter(model, name, weights)
+        value = parameter(model, name, weights)
         made[name] = torch.cat([part[kept] for part in value.chunk(times)])
     return made
 
 
-def _parameter(model: torch.nn.Module, name: str, weights: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+def parameter(model: torch.nn.Module, name: str, weights: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    """The parameter of this name, in ``weights`` or else in the model."""
     return weights[name] if weights is not None and name in weights else model.get_parameter(name).detach()
 
 
@@ -187,57 +190,3 @@ def hidden_layers(sites: Iterable[Site], names: Iterable[str]) -> dict[str, Hidd
                 f"{name} cannot be made thinner: it is no MLP of plain linear layers with their own weights"
             )
     return {name: layer for name, layer in known.items() if name in wanted and layer is not None}
-
-
-def thin(
-    model: torch.nn.Module,
-    batches: Sequence[Batch],
-    sites: Iterable[Site],
-    widths: Mapping[str, int],
-    groups: int = 6,
-    ridge: float = 1e-3,
-    orders: Mapping[str, Elimination] | None = None,
-    start: Plan | None = None,
-    progress: Any = None,
-) -> Plan:
-    """A plan with narrower MLPs, fitted in sequence: later layers see what the earlier ones have become.
-
-    Args:
-        model: in evaluation mode; left as it is.
-        batches: text to fit on.
-        sites: of the model, from :func:`skipc.find_sites`.
-        widths: neurons to keep, by site.
-        groups: how many passes over the batches: layers of one group see none of the others.
-        ridge: of the fits, relative to the mean second moment.
-        orders: in which neurons leave, by site; found on the way where there is none.
-        start: a plan to begin with, whose MLPs may be thin already; with ``orders``, by the same ones.
-        progress: wraps an iterable, as ``tqdm`` or ``rich`` do.
-
-    Raises:
-        UnknownSiteError, PlanError: for sites that cannot be made thinner, or that no batch came to.
-    """
-    layers = hidden_layers(sites, widths)
-    start = start or Plan()
-    weights = dict(start.weights)
-    now = {name: _parameter(model, layer.columns, weights).shape[1] for name, layer in layers.items()}
-    for name in layers:
-        if not 1 <= widths[name] <= now[name]:
-            raise PlanError(f"{name} has {now[name]} neurons, of which 1 or more are kept, not {widths[name]}")
-    names = [name for name in layers if widths[name] < now[name]]
-    size = -(-len(names) // groups) or 1
-    rounds = [names[i : i + size] for i in range(0, len(names), size)]
-    for members in progress(rounds) if progress else rounds:
-        moments = SecondMoments({name: layers[name] for name in members})
-        for batch in batches:
-            moments.add(model, batch, weights, start.skip)
-        for name in members:
-            if name not in moments.sums:
-                raise PlanError(f"{name} did not run on any of the batches")
-            layer, found = layers[name], moments.sums.pop(name)
-            columns = _parameter(model, layer.columns, weights)
-            if orders is not None and name in orders:
-                kept = torch.searchsorted(orders[name].kept(now[name]), orders[name].kept(widths[name]))
-            else:
-                kept = eliminate(found, columns, ridge, least=widths[name]).kept(widths[name])
-            weights |= thin_weights(model, layer, kept, refit(found, columns, kept, ridge), weights)
-    return Plan(start.skip, weights)

@@ -120,11 +120,18 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Result:
+    """A reference to the result of an earlier kernel call of the same region, by its number among those."""
+
+    index: int
+
+
+@dataclass(frozen=True)
 class KernelCall:
     """A call of a sublayer kernel (an op of :mod:`skipc.kernels`), or ``count``: an input is incremented."""
 
     name: str
-    arguments: tuple[Any, ...]  # constants, and inputs of the region as Input
+    arguments: tuple[Any, ...]  # constants; inputs of the region as Input; results of earlier calls as Result
 
 
 @dataclass(frozen=True)

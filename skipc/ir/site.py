@@ -78,6 +78,21 @@ class HiddenLayer:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where the branch of a site begins, in eager.
+
+    Attributes:
+        module: path of the module whose output the branch reads.
+        normed: True if that module is a norm inside the branch, whose input is the stream; False if its output is.
+        width: of the stream.
+    """
+
+    module: str
+    normed: bool
+    width: int
+
+
+@dataclass(frozen=True)
 class Site:
     """One skippable sublayer.
 
@@ -94,6 +109,7 @@ class Site:
     effects: tuple[str, ...]  # cache inputs that the site writes in place
     returned: int  # values of the site that the caller keeps (growing caches)
     hidden: HiddenLayer | None = None  # of an MLP of plain linear layers
+    source: Source | None = None  # of which a replacement can be made; None if it cannot
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from skipc.calibration.batches import batches_of
 from skipc.calibration.costs import CostModel, Regime, Timing, nonnegative_least_squares, trace_work
+from skipc.ir.plan import SKIP, Action
 from tests.models.zoo import ZOO
 
 
@@ -66,21 +67,25 @@ def made() -> CostModel:
 
 def test_a_fitted_model_predicts_other_calls() -> None:
     truth, fitted = made(), made()
-    truth.coefficients["decode"] = dict(zip(truth.names, [1e-3, 1e-5, 2e-5, 1e-5, 3e-11, 5e-11, 0.0, 0.0], strict=True))
+    truth.coefficients["decode"] = dict(
+        zip(truth.names, [1e-3, 1e-5, 2e-5, 1e-5, 5e-6, 3e-11, 5e-11, 0.0, 0.0], strict=True)
+    )
     timings = []
-    shares: list[dict[str, float]] = [{}]
+    actions: list[dict[str, Action]] = [{}]
     for kind in ("mlp", "self_attn"):
         names = [n for n in truth.work if n.endswith(kind)]
-        shares += [dict.fromkeys(names, 0.0), dict.fromkeys(names[::2], 0.0)]
-    shares.append({n: 0.5 for n in truth.work if n.endswith("mlp")})
+        actions += [dict.fromkeys(names, SKIP), dict.fromkeys(names[::2], SKIP)]
+    actions.append({n: Action("thin", 64) for n in truth.work if n.endswith("mlp")})
+    actions.append(dict.fromkeys(truth.work, Action("lowrank", 8)))
     for batch in (1, 4):
         for context in (64, 1024):
             regime = Regime("decode", batch, 1, context)
-            timings += [Timing(regime, s, truth.seconds(regime, s)) for s in shares]
+            timings += [Timing(regime, a, truth.seconds(regime, a)) for a in actions]
     fitted.fit(timings)
     assert fitted.error(timings) < 1e-3
     other = Regime("decode", 2, 1, 500)
-    plan = {"model.layers.0.mlp": 0.75, "model.layers.1.self_attn": 0.0}
+    plan = {"model.layers.0.mlp": Action("thin", 96), "model.layers.0.self_attn": Action("lowrank", 16)}
+    plan["model.layers.1.self_attn"] = SKIP
     assert fitted.seconds(other, plan) == pytest.approx(truth.seconds(other, plan), rel=2e-3)
     again = CostModel.from_dict(fitted.to_dict())
     assert again.seconds(other, plan) == fitted.seconds(other, plan)

@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 
 import skipc
 from skipc.calibration.planning import Option, choose, saved
+from skipc.ir.plan import RUN, SKIP, Action
 
-_WHOLE = Option(1.0, 0.0, 0.0)
+_WHOLE = Option(RUN, 0.0, 0.0)
 
 
 def site(*points: tuple[float, float]) -> list[Option]:
     """Options with growing savings."""
-    return [_WHOLE, *(Option(1 - (i + 1) / len(points), loss, s) for i, (loss, s) in enumerate(points))]
+    ways = [Action("thin", i + 1) for i in range(len(points) - 1)] + [SKIP]
+    return [_WHOLE, *(Option(way, loss, s) for way, (loss, s) in zip(ways, points, strict=True))]
 
 
 _point = st.tuples(st.floats(0, 10), st.floats(0.01, 1))
@@ -41,18 +43,18 @@ def test_enough_is_saved_and_nothing_could_be_given_back(points: list[list[tuple
 
 
 def test_convex_options_are_chosen_as_by_trying_all() -> None:
-    options = {f"s{i}": [Option(1 - k / 4, (i + 1) * k * k, k) for k in range(5)] for i in range(4)}
+    options = {f"s{i}": [Option(Action("thin", 5 - k), (i + 1) * k * k, k) for k in range(5)] for i in range(4)}
     for seconds in range(1, 16):
         least = min(sum(o.loss for o in c) for c in itertools.product(*options.values()) if saved(c) >= seconds)
         assert sum(o.loss for o in choose(options, seconds).values()) <= least * 1.26 + 1e-9
 
 
 def test_runs_of_left_out_sites_are_cut() -> None:
-    options = {f"s{i}": [_WHOLE, Option(0.5, 1.0, 0.5), Option(0.0, 1.1, 1.0)] for i in range(6)}
-    assert all(o.share == 0 for o in choose(options, 6.0).values())
+    options = {f"s{i}": [_WHOLE, Option(Action("lowrank", 8), 1.0, 0.5), Option(SKIP, 1.1, 1.0)] for i in range(6)}
+    assert all(o.action == SKIP for o in choose(options, 6.0).values())
     chosen = list(choose(options, 4.0, most_in_a_row=2).values())
     assert saved(chosen) >= 4
-    assert not any(all(o.share == 0 for o in chosen[i : i + 3]) for i in range(4))
-    assert all(o.share > 0 for o in choose(options, 2.0, most_in_a_row=0).values())
+    assert not any(all(o.action == SKIP for o in chosen[i : i + 3]) for i in range(4))
+    assert all(o.action != SKIP for o in choose(options, 2.0, most_in_a_row=0).values())
     with pytest.raises(skipc.PlanError, match=r"can save 3000\.00 ms of a call, not 3500\.00"):
         choose(options, 3.5, most_in_a_row=0)

@@ -14,6 +14,7 @@ import skipc
 from skipc.calibration.batches import batches_of, call_on
 from skipc.calibration.calibrate import EFFORTS, Effort
 from skipc.calibration.subject import Subject
+from skipc.ir.plan import RUN, SKIP
 from tests.harness import STRICT, known_times
 from tests.models.zoo import ZOO
 
@@ -51,13 +52,13 @@ def test_a_profile_survives_its_files(made: Any) -> None:
     assert again.checkpoint == profile.checkpoint
     assert again.sites == profile.sites
     assert again.menu == profile.menu
-    for name, weights in profile.weights.items():
-        assert set(again.weights[name]) == set(weights)
-        for key, value in weights.items():
-            assert torch.equal(again.weights[name][key], value)
+    for name, tensors in profile.tensors.items():
+        assert set(again.tensors[name]) == set(tensors)
+        for key, value in tensors.items():
+            assert torch.equal(again.tensors[name][key], value)
     for timing in profile.timings:
-        assert again.costs.seconds(timing.regime, timing.shares) == pytest.approx(
-            profile.costs.seconds(timing.regime, timing.shares)
+        assert again.costs.seconds(timing.regime, timing.actions) == pytest.approx(
+            profile.costs.seconds(timing.regime, timing.actions)
         )
     assert not (folder / "unfinished").exists()
 
@@ -69,20 +70,20 @@ def test_plans_run_as_eager_does(made: Any) -> None:
     (batch,) = batches_of(model, text(7, 1))
     for entry in profile.menu:
         plan = profile.plan_of(entry)
-        assert set(plan.skip) == {n for n, s in entry.shares.items() if s == 0}
+        assert set(plan.skip) == {n for n, a in entry.actions.items() if a == SKIP}
         with compiled.session(plan=plan):
             found = compiled(**batch.inputs).logits
-        torch.testing.assert_close(found, call_on(model, batch, plan.weights, plan.skip).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, call_on(model, batch, plan).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_the_menu_saves_what_was_asked(made: Any) -> None:
     _, profile, _ = made
     total = sum(profile.costs.of_site(profile.regime, name) for name in profile.sites)
     for entry, asked in zip(profile.menu, (0.1, 0.3), strict=True):
-        spent = sum(profile.costs.of_site(profile.regime, n, entry.shares.get(n, 1.0)) for n in profile.sites)
+        spent = sum(profile.costs.of_site(profile.regime, n, entry.actions.get(n, RUN)) for n in profile.sites)
         assert 1 - spent / total == pytest.approx(entry.removed)
         assert entry.removed >= asked - 1e-9
-        assert all(profile.sites[n].kind == "mlp" for n in entry.shares)
+        assert all(profile.sites[n].kind == "mlp" for n in entry.actions)
 
 
 def test_plans_by_budget_and_by_speed(made: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -108,7 +109,7 @@ def test_presets_run_the_plan_of_the_profile(made: Any) -> None:
     plan = profile.plan(budget=0.10)
     assert plan.weights or plan.skip
     ids = text(9, 1)[0]
-    expected = call_on(model, batches_of(model, [ids])[0], plan.weights, plan.skip).logits
+    expected = call_on(model, batches_of(model, [ids])[0], plan).logits
     compiled = torch.compile(model, backend="skipc", options={"preset": "fast", "profile": str(folder)}, fullgraph=True)
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
     with skipc.session(compiled, plan=skipc.Plan()):
@@ -118,11 +119,11 @@ def test_presets_run_the_plan_of_the_profile(made: Any) -> None:
         found = compiled(ids, use_cache=False).logits
     assert session.stats().skipped["model.layers.0.self_attn"] == 1
     skip = {"model.layers.0.self_attn", *plan.skip}
-    expected = call_on(model, batches_of(model, [ids])[0], plan.weights, skip).logits
+    expected = call_on(model, batches_of(model, [ids])[0], skipc.Plan(skip, plan.weights, replace=plan.replace)).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     with skipc.session(compiled, policy=skipc.Observe()):
         watched = compiled(ids, use_cache=False).logits
-    expected = call_on(model, batches_of(model, [ids])[0], plan.weights, plan.skip).logits
+    expected = call_on(model, batches_of(model, [ids])[0], plan).logits
     torch.testing.assert_close(watched, expected, atol=1e-4, rtol=1e-4)
     handle = skipc.compile(model, preset="fast", profile=folder)
     with handle.session(plan=plan):
@@ -200,8 +201,8 @@ def test_calibration_goes_on_where_it_stopped(made: Any, tmp_path: Path, monkeyp
     _, profile = calibrated(tmp_path)
     assert len(calls) == 3
     assert profile.menu == made[1].menu
-    for name, weights in made[1].weights.items():
-        assert all(torch.equal(profile.weights[name][key], value) for key, value in weights.items())
+    for name, tensors in made[1].tensors.items():
+        assert all(torch.equal(profile.tensors[name][key], value) for key, value in tensors.items())
 
 
 def test_sites_that_share_a_module_are_left_as_they_are() -> None:

@@ -11,7 +11,9 @@ from skipc.passes.hidden_layers import hidden_layer
 import skipc
 from skipc.calibration.batches import batches_of, call_on, result_of
 from skipc.calibration.distillation import distill, divergence
-from skipc.calibration.thinning import SecondMoments, eliminate, hidden_layers, refit, thin
+from skipc.calibration.fitting import fit_plan
+from skipc.calibration.thinning import SecondMoments, eliminate, hidden_layers, refit
+from skipc.ir.plan import Action
 from tests.harness import STRICT
 from tests.models.zoo import ZOO, ids
 
@@ -72,10 +74,10 @@ def test_an_mlp_with_double_neurons_gets_rid_of_them(name: str) -> None:
         {k: torch.randint(3, 90, v.shape, generator=generator) if k.endswith("ids") else v for k, v in inputs.items()}
         for _ in range(40)
     ]
-    widths = {n: layer.width // 2 for n, layer in layers.items()}
-    plan = thin(model, batches_of(model, more), sites, widths, groups=2, ridge=1e-6)
+    actions = {n: Action("thin", layer.width // 2) for n, layer in layers.items()}
+    plan = fit_plan(model, batches_of(model, more), sites, actions, groups=2, ridge=1e-6)
     (batch,) = batches_of(model, [inputs])
-    expected, found = result_of(call_on(model, batch)), result_of(call_on(model, batch, plan.weights))
+    expected, found = result_of(call_on(model, batch)), result_of(call_on(model, batch, plan))
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
     compiled = skipc.compile(model, fullgraph=True, **STRICT)
     with compiled.session(plan=plan):
@@ -94,7 +96,7 @@ def test_padding_has_no_say() -> None:
         text = ids(2, 7)
         text[0, 5:] = padding
         moments = SecondMoments(layers)
-        moments.add(model, *batches_of(model, [{"input_ids": text, "attention_mask": mask}]), {})
+        moments.add(model, *batches_of(model, [{"input_ids": text, "attention_mask": mask}]))
         assert moments.tokens == 12
         sums.append(moments.sums)
     for name in layers:
@@ -126,14 +128,14 @@ def test_what_cannot_be_fitted_is_refused_by_name() -> None:
     model, x = Raw(), torch.randn(2, 7, 64)
     (site,) = skipc.find_sites(model, x).sites
     with pytest.raises(skipc.PlanError, match=r"is no torch\.nn\.Linear"):
-        thin(model, batches_of(model, [x]), [site], {site.name: 32})
+        fit_plan(model, batches_of(model, [x]), [site], {site.name: Action("thin", 32)})
     llama = ZOO["llama"].build()
     sites = skipc.find_sites(llama, **ZOO["llama"].inputs()).sites
     for width in (0, 129):
         with pytest.raises(skipc.PlanError, match="has 128 neurons"):
-            thin(llama, batches_of(llama, [ids()]), sites, {"model.layers.0.mlp": width})
+            fit_plan(llama, batches_of(llama, [ids()]), sites, {"model.layers.0.mlp": Action("thin", width)})
     with pytest.raises(skipc.PlanError, match="did not run on any"):
-        thin(llama, [], sites, {"model.layers.0.mlp": 64})
+        fit_plan(llama, [], sites, {"model.layers.0.mlp": Action("thin", 64)})
     with pytest.raises(skipc.PlanError, match="no weights to train"):
         distill(llama, skipc.Plan({"model.layers.0.mlp"}), batches_of(llama, [ids()]), 1)
 
@@ -149,14 +151,18 @@ def test_distillation_brings_a_plan_nearer_to_the_model_on_other_text(name: str)
     ]
     text = [{k: v for k, v in t.items() if k != "attention_mask"} for t in text]
     batches = batches_of(model, text)
-    plan = thin(model, batches[:32], sites, {s.name: s.hidden.width // 2 for s in sites if s.hidden})
+    actions = {s.name: Action("thin", s.hidden.width // 2) for s in sites if s.hidden}
+    if name == "llama":
+        actions[sites[0].name] = Action("lowrank", 8)  # trained along
+    plan = fit_plan(model, batches[:32], sites, actions)
     trained = distill(model, plan, batches[:32], steps=64, rate=1e-3)
     again = distill(model, plan, batches[:32], steps=64, rate=1e-3)
 
-    def far(weights: Any) -> float:
+    def far(plan: skipc.Plan) -> float:
         with torch.no_grad():
-            return sum(float(divergence(call_on(model, b), call_on(model, b, weights), b)) for b in batches[32:])
+            return sum(float(divergence(call_on(model, b), call_on(model, b, plan), b)) for b in batches[32:])
 
-    assert far(trained.weights) < 0.8 * far(plan.weights)
-    assert all(torch.equal(trained.weights[n], again.weights[n]) for n in plan.weights)  # no luck in it
+    assert far(trained) < 0.8 * far(plan)
+    assert all(torch.equal(t, again.trained[n]) for n, t in trained.trained.items())  # no luck in it
+    assert not any(torch.equal(t, plan.trained[n]) for n, t in trained.trained.items())
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -1,0 +1,115 @@
+"""A graph in which replacements run in the place of some sites."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from skipc.passes.branch_source import Span, span_of
+from skipc.passes.dataflow import Dataflow
+from skipc.passes.fx_edit import erase_unused, fake_mode_of, infer, labels_of
+from skipc.passes.ops import tensor
+from skipc.passes.residual import Streams
+from torch import fx
+
+from skipc.ir.errors import PlanError
+from skipc.ir.plan import REPLACEMENTS, ReplacedSite
+
+
+def replace_sites(gm: fx.GraphModule, streams: Streams, replaced: Sequence[ReplacedSite], keep_keys: bool) -> None:
+    """Edit ``gm``: each replaced site's module gives what its replacement makes. The tensors of the replacements become
+    inputs of the graph, behind all others, in the order of ``replaced``.
+
+    Args:
+        gm: after the passes over whole graphs.
+        streams: of ``gm``; to be found anew afterwards.
+        replaced: sites of ``gm``.
+        keep_keys: whether replaced attentions still write their keys and values. Those that the caller or another layer
+            reads are written anyway.
+
+    Raises:
+        PlanError: for a site whose branch does not begin and end where eager's modules do.
+    """
+    graph, terms = gm.graph, {t.name: (j, t) for j in streams.junctions for t in j.terms}
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for one in replaced:
+        flow = Dataflow(graph)
+        junction, term = terms[one.site]
+        span = span_of(term, junction, flow)
+        if span is None:
+            raise PlanError(f"{one.site} cannot be replaced: its branch has no modules of its own in this graph")
+        inputs = []
+        for name, shape in zip(REPLACEMENTS[one.kind].names(), one.shapes, strict=True):
+            last = _input(graph, last, f"{one.site}_{name}", shape, span)
+            inputs.append(last)
+        writes = [] if keep_keys else _private_writes(span, flow)
+        made = _EMIT[one.kind](graph, span, inputs)
+        span.made.replace_all_uses_with(made)
+        erase_unused(span.made)
+        for node in reversed(writes):
+            sources = node.all_input_nodes
+            graph.erase_node(node)
+            for source in sources:
+                erase_unused(source)
+    graph.lint()
+    gm.recompile()
+
+
+def _input(graph: fx.Graph, after: fx.Node, name: str, shape: Sequence[int], span: Span) -> fx.Node:
+    """A parameter of a replacement."""
+    value, mode = tensor(span.point), fake_mode_of(graph)
+    assert value is not None
+    assert mode is not None
+    with graph.inserting_after(after):
+        node = graph.placeholder(re.sub(r"\W+", "_", name))
+    with mode:
+        made = torch.empty(tuple(shape), dtype=value.dtype, device=value.device)
+    made._is_param = True  # type: ignore[attr-defined]  # part of the model, as far as passes ask
+    node.meta["example_value"] = made
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    return node
+
+
+def _affine(graph: fx.Graph, span: Span, inputs: Sequence[fx.Node]) -> fx.Node:
+    scale, shift = inputs
+    product = _call(graph, span, torch.mul, (span.point, scale))
+    return _call(graph, span, torch.add, (product, shift))
+
+
+def _low_rank(graph: fx.Graph, span: Span, inputs: Sequence[fx.Node]) -> fx.Node:
+    down, up, shift = inputs
+    inner = _call(graph, span, F.linear, (span.read, down, None))
+    return _call(graph, span, F.linear, (inner, up, shift))
+
+
+_EMIT = {"affine": _affine, "lowrank": _low_rank}
+
+
+def _call(graph: fx.Graph, span: Span, function: object, arguments: tuple[object, ...]) -> fx.Node:
+    with graph.inserting_before(span.made):
+        node = graph.call_function(function, arguments)  # type: ignore[arg-type]
+    node.meta = labels_of(span.made)
+    infer(node)
+    return node
+
+
+def _private_writes(span: Span, flow: Dataflow) -> list[fx.Node]:
+    """Writes to caches that are made of the stream for this site, and that nobody else reads."""
+    writes = [n for n, to in flow.writes.items() if to & flow.input_storages and flow.depends(n, span.point)]
+    return [n for n in writes if flow.depends(span.made, n) and _only_for(n, span.made, flow)]
+
+
+def _only_for(write: fx.Node, made: fx.Node, flow: Dataflow) -> bool:
+    """Whether what ``write`` leaves behind goes into ``made`` and nowhere else."""
+    waiting, seen = list(flow.users[write]), set()
+    while waiting:
+        node = waiting.pop()
+        if node is made or node in seen:
+            continue
+        if not flow.depends(made, node):
+            return False
+        seen.add(node)
+        waiting += flow.users[node]
+    return True
