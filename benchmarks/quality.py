@@ -1,5 +1,5 @@
 """What plans of a profile lose against published ways to skip sublayers, at the same share of the sublayers' time saved
-and on the same text: SmolLM2, the half of CPython's help topics that was not calibrated on.
+and on the same text: SmolLM2, the half of CPython's help topics that was not calibrated on, and chats of its own.
 
 Each baseline takes what it calibrates on from the same text as the profile. Baselines that skip whole numbers of
 sublayers may save up to half a percentage point less than the plan that they are compared with.
@@ -32,10 +32,11 @@ from rich.progress import track
 from rich.table import Table
 
 import skipc
-from skipc.calibration.batches import Batch, batches_of, call_on, in_half
+from skipc.calibration.batches import Batch, call_on, in_half
+from skipc.calibration.calibrate import EFFORTS
 from skipc.calibration.judging import Judge, Judgement
 from skipc.calibration.profile import Profile
-from skipc.calibration.text import calibration_windows
+from skipc.calibration.subject import Subject as Text
 from skipc.loading import load_smollm2
 
 _SLACK = 0.005  # of the sublayers' time
@@ -238,7 +239,9 @@ def baselines(subject: Subject, judge: Judge, share: float, sleb: list[int], dra
 
 @click.command()
 @click.option("--profile", "folder", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--windows", default=32, show_default=True, help="Of 512 tokens, to judge by.")
+@click.option(
+    "--windows", default=32, show_default=True, help="Of 512 tokens, to judge by, of each kind of text the same number."
+)
 @click.option("--draws", default=5, show_default=True, help="Of random sets.")
 @click.option("--search", default=2, show_default=True, help="Windows that SLEB takes the loss on.")
 @click.option("--threads", default=2, show_default=True)
@@ -249,9 +252,13 @@ def main(folder: Path, windows: int, draws: int, search: int, threads: int, path
     model, tokenizer = load_smollm2()
     profile = Profile.load(folder)
     profile.check(model)
-    given, others = calibration_windows(tokenizer, 512, windows, profile.about["seed"])
-    subject = Subject(model, profile, batches_of(model, given[:48]))
-    judge = Judge(model, batches_of(model, others))
+    effort = EFFORTS[profile.effort]
+    text = Text(model, None, None, tokenizer, effort.judged, profile.about["seed"], chats=effort.chats, kept=folder)
+    kinds = list(dict.fromkeys(text.kinds))
+    members = {kind: [i for i, k in enumerate(text.kinds) if k == kind] for kind in kinds}
+    few = [i for kind in kinds for i in members[kind][: windows // len(kinds)]]
+    subject = Subject(model, profile, text.given[:48])
+    judge = Judge(model, [text.judged[i] for i in few], [text.kinds[i] for i in few])
     record: dict[str, Any] = {"effort": profile.effort, "points": {}}
     sleb = subject.one_by_one(max(e.removed for e in profile.menu), search)
     for entry in profile.menu:

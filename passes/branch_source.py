@@ -25,26 +25,34 @@ class Span:
     source: Source
 
 
-def span_of(term: Term, junction: Junction, flow: Dataflow) -> Span | None:
-    """The span of a branch; None if eager has no modules with these values, or they are not alike."""
-    made = next((n for n in reversed(term.branch) if term.name in module_paths(n)), None)
-    point, read = junction.point, _read(term, junction.point, flow)
-    value, width = tensor(point), 0
-    if made is None or value is None or value.dim() < 2:
-        return None
-    for other in map(tensor, (made, read)):
-        if other is None or other.dtype != value.dtype or not same_sizes(other.shape, value.shape):
+class Spans:
+    """The spans of the branches of one graph."""
+
+    def __init__(self, flow: Dataflow):
+        self.flow = flow
+        self.paths = {n: module_paths(n) for n in flow.nodes}
+        calls = [n for n in flow.nodes if n.op.startswith("call")]
+        self.last = {path: n for n in calls for path in self.paths[n]}  # of the nodes of a module
+        self.first = {path: n for n in reversed(calls) for path in self.paths[n]}
+
+    def of(self, term: Term, junction: Junction) -> Span | None:
+        """The span of a branch; None if eager has no modules with these values, or they are not alike."""
+        point, read = junction.point, _read(term, junction.point, self.flow)
+        made = next((n for n in reversed(term.branch) if term.name in self.paths[n]), None)
+        value = tensor(point)
+        if made is None or value is None or value.dim() < 2 or not isinstance(value.shape[-1], int):
             return None
-    if not isinstance(width := value.shape[-1], int) or not flow.depends(made, read) or not _all_through(made, term):
-        return None
-    paths = module_paths(read)
-    if not paths or read.op == "placeholder":
-        return None
-    module = paths[-1]
-    last = max((n for n in flow.nodes if module in module_paths(n)), key=flow.order.__getitem__)
-    if last is not read or module == term.name or module.startswith(f"{term.name}."):
-        return None
-    return Span(point, read, made, Source(module, read is not point, width))
+        for other in map(tensor, (made, read)):
+            if other is None or other.dtype != value.dtype or not same_sizes(other.shape, value.shape):
+                return None
+        if not self.flow.depends(made, read) or any(map(is_heavy, term.branch[term.branch.index(made) + 1 :])):
+            return None
+        module = self.paths[read][-1] if self.paths[read] else ""
+        if not module or self.last.get(module) is not read or f"{module}.".startswith(f"{term.name}."):
+            return None
+        if read is not point and point not in self.first[module].all_input_nodes:
+            return None  # not the stream itself goes into that module
+        return Span(point, read, made, Source(module, read is not point, value.shape[-1]))
 
 
 def _read(term: Term, point: fx.Node, flow: Dataflow) -> fx.Node:
@@ -66,8 +74,3 @@ def _read(term: Term, point: fx.Node, flow: Dataflow) -> fx.Node:
         n for n in common if (t := tensor(n)) is not None and value is not None and same_sizes(t.shape, value.shape)
     ]
     return max(alike, key=flow.order.__getitem__, default=point)
-
-
-def _all_through(made: fx.Node, term: Term) -> bool:
-    """Whether nothing heavy of the branch comes after ``made``."""
-    return not any(is_heavy(n) for n in term.branch[term.branch.index(made) + 1 :])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from skipc.passes.branch_source import Span, span_of
+from skipc.passes.branch_source import Span, Spans
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import erase_unused, fake_mode_of, infer, labels_of
 from skipc.passes.ops import tensor
@@ -20,32 +20,37 @@ from skipc.ir.plan import REPLACEMENTS, ReplacedSite
 
 def replace_sites(gm: fx.GraphModule, streams: Streams, replaced: Sequence[ReplacedSite], keep_keys: bool) -> None:
     """Edit ``gm``: each replaced site's module gives what its replacement makes. The tensors of the replacements become
-    inputs of the graph, behind all others, in the order of ``replaced``.
+    inputs of the graph, behind all others, in the order of ``replaced``. Sites keep their names and kinds.
 
     Args:
         gm: after the passes over whole graphs.
-        streams: of ``gm``; to be found anew afterwards.
+        streams: of ``gm``; edited, too.
         replaced: sites of ``gm``.
         keep_keys: whether replaced attentions still write their keys and values. Those that the caller or another layer
             reads are written anyway.
 
     Raises:
-        PlanError: for a site whose branch does not begin and end where eager's modules do.
+        PlanError: for a site whose branch does not begin and end where eager's modules do, or reads something else than
+            its replacement was made of.
     """
-    graph, terms = gm.graph, {t.name: (j, t) for j in streams.junctions for t in j.terms}
+    graph, terms = gm.graph, {t.name: (t, j) for j in streams.junctions for t in j.terms}
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    flow = Dataflow(graph)
+    spans, every = Spans(flow), []
     for one in replaced:
-        flow = Dataflow(graph)
-        junction, term = terms[one.site]
-        span = span_of(term, junction, flow)
+        span = spans.of(*terms[one.site])
         if span is None:
             raise PlanError(f"{one.site} cannot be replaced: its branch has no modules of its own in this graph")
+        if span.source != one.source:
+            raise PlanError(f"{one.site} reads {span.source}, and its replacement was made for {one.source}")
+        every.append((one, span, [] if keep_keys else _private_writes(span, flow)))
+    made_of: dict[fx.Node, fx.Node] = {}
+    for one, span, writes in every:
         inputs = []
         for name, shape in zip(REPLACEMENTS[one.kind].names(), one.shapes, strict=True):
             last = _input(graph, last, f"{one.site}_{name}", shape, span)
             inputs.append(last)
-        writes = [] if keep_keys else _private_writes(span, flow)
-        made = _EMIT[one.kind](graph, span, inputs)
+        made = made_of[span.made] = _EMIT[one.kind](graph, span, inputs)
         span.made.replace_all_uses_with(made)
         erase_unused(span.made)
         for node in reversed(writes):
@@ -55,6 +60,10 @@ def replace_sites(gm: fx.GraphModule, streams: Streams, replaced: Sequence[Repla
                 erase_unused(source)
     graph.lint()
     gm.recompile()
+    flow = Dataflow(graph)
+    for term, junction in terms.values():
+        term.value = made_of.get(term.value, term.value)
+        term.branch = flow.between(junction.point, term.value)
 
 
 def _input(graph: fx.Graph, after: fx.Node, name: str, shape: Sequence[int], span: Span) -> fx.Node:

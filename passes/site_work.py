@@ -42,6 +42,7 @@ class Work:
 def site_work(streams: Streams) -> dict[str, Work]:
     """The work of all sites of a graph of a call without caches, by name."""
     found = {}
+    known = _parameters_behind(streams.junctions[0].add.graph) if streams.junctions else {}
     for junction in streams.junctions:
         point = tensor(junction.point)
         if point is None:
@@ -53,16 +54,22 @@ def site_work(streams: Streams) -> dict[str, Work]:
         for term in junction.terms:
             hidden = hidden_layer(term.branch) if term.kind is SiteKind.MLP else None
             width = point.shape[-1] if isinstance(point.shape[-1], int) else 0
-            found[term.name] = _work(term.branch, names, width, hidden.width if hidden is not None else 0)
+            found[term.name] = _work(term.branch, names, known, width, hidden.width if hidden is not None else 0)
     return found
 
 
-def _work(branch: list[fx.Node], names: dict[sympy.Expr, sympy.Symbol], width: int, neurons: int) -> Work:
+def _work(
+    branch: list[fx.Node],
+    names: dict[sympy.Expr, sympy.Symbol],
+    known: dict[fx.Node, list[fx.Node]],
+    width: int,
+    neurons: int,
+) -> Work:
     weights: dict[fx.Node, None] = {}
     products = attention = cached = sympy.Integer(0)
     for node in branch:
         for operand in node.all_input_nodes:
-            weights |= dict.fromkeys(_parameters_behind(operand))
+            weights |= dict.fromkeys(known.get(operand, []))
         out, name = tensor(node), op_name(node)
         if name in _ATTENTIONS:
             q, k, v = (tensor(_operand(node, i, p)) for i, p in enumerate(("query", "key", "value")))
@@ -77,7 +84,7 @@ def _work(branch: list[fx.Node], names: dict[sympy.Expr, sympy.Symbol], width: i
             if inner is None or other is None or not inner.dim():
                 continue
             flops = 2 * _numel(out.shape) * _expression(inner.shape[-1])
-            if _parameters_behind(right) or _parameters_behind(left):
+            if right in known or left in known:
                 products += flops
             else:
                 attention += flops
@@ -96,16 +103,16 @@ def _operand(node: fx.Node, at: int, name: str) -> Any:
     return node.args[at] if len(node.args) > at else node.kwargs.get(name)
 
 
-def _parameters_behind(node: Any) -> list[fx.Node]:
-    """The parameters that a value is made of, if it is made of nothing else."""
-    if not isinstance(node, fx.Node):
-        return []
-    if is_parameter_like(node):
-        return [node]
-    if node.op == "placeholder" or not node.all_input_nodes:
-        return []
-    behind = [_parameters_behind(n) for n in node.all_input_nodes]
-    return [p for found in behind for p in found] if all(behind) else []
+def _parameters_behind(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For values that are made of parameters and nothing else, the parameters that they are made of."""
+    known: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if is_parameter_like(node):
+            known[node] = [node]
+        elif inputs and all(n in known for n in inputs):
+            known[node] = list(dict.fromkeys(p for n in inputs for p in known[n]))
+    return known
 
 
 def _over_context(attention: sympy.Expr) -> sympy.Expr:

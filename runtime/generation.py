@@ -100,7 +100,7 @@ class Decoder:
         start = max(0, end - tokens)
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(start)
-        with sessions.Session(self.model, plan=plan):  # without a policy
+        with sessions.Session(self.model, plan=plan, kv="project"):  # without a policy
             while start < end:
                 some = slice(start, min(start + _CHUNK, end))
                 extra: dict[str, Any] = {}

@@ -93,6 +93,7 @@ class Session:
         steered = policy is not None or route is not None or record
         self.steering = Steering(policy or Static(self.skip), record, route) if steered else None
         self.kv = kv if kv is not None or plan is None else plan.kv
+        self._named = self.skip | frozenset(plan.replace if plan is not None else ())  # sites that must be there
         self.measuring = measure
         self.parameters = _parameters(model)
         self._counts: Counter[tuple[Program, Arms | frozenset[str]]] = Counter()  # by arms, or by what was skipped
@@ -174,7 +175,7 @@ class Session:
         """Run ``program`` as this session asks; by ``repeated``, if that is given."""
         if program.partial and (self.skip or self.steering is not None or self.plan is not None):
             raise FallbackError(f"a session cannot skip in a model with graph breaks: {program.partial}")
-        if self.skip and program not in self._checked:
+        if self._named and program not in self._checked:
             self._check(program, inputs)
         preset = program.plan if self.plan is None else None
         plan = preset or self.plan
@@ -306,16 +307,18 @@ class Session:
         return stats
 
     def _check(self, program: Program, inputs: Sequence[Any]) -> None:
-        """Once a program: every site to skip must be one of it, or have no part in it."""
+        """Once a program: every site to skip or replace must be one of it, or have no part in it."""
         if self.skip - program.site_names:
             self._check_names(program.site_names | known_sites(self.parameters))
         used = set(program.parameters_of(inputs))
-        for name in sorted(self.skip):
+        for name in sorted(self._named):
             path = name.split("#")[0]
             module = _submodule(self.model, path)
             if name not in program.site_names:
                 if module is not None and any(id(p) in used for p in module.parameters()):
-                    raise SessionError(f"{name} runs in this call, but is no site of it, so it cannot be skipped")
+                    raise SessionError(
+                        f"{name} runs in this call, but is no site of it, so it can be neither skipped nor replaced"
+                    )
             elif self.model is not None and "<" not in path and module is None:
                 raise FallbackError(f"{name} was compiled apart from the model, behind a graph break")
         self._unreached -= program.site_names

@@ -52,11 +52,13 @@ class Replaced:
 @dataclass(frozen=True)
 class _Fit:
     """What a plan is to a program: weights by their position, shapes of those that are not shaped like the model's,
-    sites that are replaced, and the tensors for them, which are inputs behind all others."""
+    sites that are replaced, whether any of these keeps keys and values, and tensors for them, which are inputs behind
+    all others."""
 
     weights: Mapping[int, torch.Tensor]
     shapes: Shapes
     replaced: tuple[ReplacedSite, ...]
+    keeps: bool
     tensors: tuple[torch.Tensor, ...]
 
 
@@ -94,7 +96,7 @@ class Variants:
             given[at] = value
         if not fit.shapes and not fit.replaced:
             return program, given
-        compiled = self._for(fit.shapes, Replaced(fit.replaced, not fit.replaced or kv != "none"), inputs)
+        compiled = self._for(fit.shapes, Replaced(fit.replaced, kv != "none" or not fit.keeps), inputs)
         return compiled, [*given, *fit.tensors]
 
     def _fit(self, program: Program, plan: Plan, inputs: Sequence[Any]) -> _Fit:
@@ -103,17 +105,17 @@ class Variants:
         weights = {at: v.to(inputs[at].device, inputs[at].dtype).contiguous() for at, v in places.items()}
         names = {at: name for name, at in self._places.items()}
         shapes = sorted((names[at], tuple(v.shape)) for at, v in weights.items() if v.shape != inputs[at].shape)
-        here = sorted(name for name in plan.replace if name in program.site_names)
-        like = next((inputs[i] for i in self._places.values() if inputs[i].is_floating_point()), None)
-        if here and like is None:
-            raise PlanError("a program without weights has nothing that could be replaced")
+        sites = {site.name: site for site in program.spec.sites}
+        here = sorted(name for name in plan.replace if name in sites)
+        device = program.device_of(inputs)
         tensors = [
-            t.to(like.device, like.dtype).contiguous()  # type: ignore[union-attr]
-            for n in here
-            for t in plan.replace[n].tensors.values()
+            t.to(device, getattr(torch, sites[name].dtype)).contiguous()
+            for name in here
+            for t in plan.replace[name].tensors.values()
         ]
         replaced = tuple(ReplacedSite.of(n, plan.replace[n]) for n in here)
-        return _Fit(weights, tuple(shapes), replaced, tuple(tensors))
+        keeps = any(sites[name].effects or sites[name].returned for name in here)
+        return _Fit(weights, tuple(shapes), replaced, keeps, tuple(tensors))
 
     def _for(self, shapes: Shapes, replaced: Replaced, inputs: Sequence[Any]) -> Program:
         key = shapes, replaced

@@ -14,7 +14,6 @@ from skipc.ir.config import BUDGETS, Config
 from skipc.ir.errors import ConfigError, NoResidualStreamError, PlanError, ProfileError, SkipcError, UnknownSiteError
 from skipc.ir.plan import Plan
 from skipc.passes.base import Pass, PassContext
-from skipc.passes.find_sites import FindSites
 from skipc.passes.fx_edit import copy_graph
 from skipc.passes.lowering.inductor import check_torch_version, compile_whole, late_guards
 from skipc.passes.lowering.outline import Outline
@@ -169,13 +168,7 @@ def build_outline(
     transformed = manager.run(gm)
     streams = manager.ctx.streams
     if replaced is not None and replaced.sites and streams is not None:
-        kinds = {t.name: t.kind for j in streams.junctions for t in j.terms}
         replace_sites(transformed, streams, replaced.sites, replaced.keep_keys)
-        FindSites().run(transformed, manager.ctx)
-        streams = manager.ctx.streams
-        assert streams is not None
-        for term in (t for j in streams.junctions for t in j.terms):
-            term.kind = kinds.get(term.name, term.kind)  # for policies, it is still what it stands for
     assert streams is not None
     if not streams.junctions:
         raise NoResidualStreamError(FallbackReason.NO_STREAM)

@@ -29,6 +29,12 @@ class Batch:
         mask = self.inputs.get("decoder_attention_mask" if "decoder_input_ids" in self.inputs else "attention_mask")
         return mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
+    def mask_of(self, rows: int) -> torch.Tensor | None:
+        """bool ``[rows]``, False for padding: of the decoder's tokens or else the encoder's, whichever are so many."""
+        masks = (self.valid, self.inputs.get("attention_mask"))
+        found = [m.flatten().bool() for m in masks if isinstance(m, torch.Tensor) and m.dim() == 2]
+        return next((m for m in found if m.numel() == rows), None)
+
     @property
     def tokens(self) -> int:
         """How many there are, padding included."""
@@ -176,4 +182,5 @@ def result_of(output: Any) -> torch.Tensor:
 def valid_rows(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """``[batch, tokens, ...]`` as fp32 ``[valid tokens, ...]``."""
     rows = values.flatten(0, -2).float()
-    return rows if batch.valid is None or batch.valid.numel() != len(rows) else rows[batch.valid.flatten()]
+    mask = batch.mask_of(len(rows))
+    return rows if mask is None else rows[mask]

@@ -188,12 +188,13 @@ class _Calibration:
         orders: dict[str, Any] = {}
         errors: dict[str, list[float]] = {}
         metrics: dict[str, torch.Tensor] = {}
-        for i, (group, passes) in enumerate((group, len(self._groups)) for group in self._groups):
+        groups, room = self._groups, _STATISTICS
+        for i, group in enumerate(groups):
             sources = {n: s for n in group if (s := self.subject.sites[n].source) is not None}
             layers = {n: self.layers[n] for n in group if n in self.layers}
             sums = Curvatures(layers, group, sources)
             generator = torch.Generator().manual_seed(self.seed)
-            for batch in self._track(read, f"gradients ({i + 1} of {passes})"):
+            for batch in self._track(read, f"gradients ({i + 1} of {len(groups)})"):
                 sums.add(self.model, batch, generator)
             losses |= {n: v / max(sums.tokens, 1) for n, v in sums.losses.items()}
             for name in self._track(group, "choosing neurons, maps"):
@@ -201,10 +202,11 @@ class _Calibration:
                     seen = sums.replaced.pop(name)
                     metric = metric_of(seen.outputs)
                     errors[name] = fit(sources[name], seen.moments, metric).errors[0]
-                    metrics[name] = metric.float()
+                    if (room := room - 4 * metric.numel()) >= 0:  # else maps are fitted as if all errors were alike
+                        metrics[name] = metric.float()
                 if name in layers:
                     layer, curvature = layers[name], sums.found.pop(name)
-                    columns = curvature.metric() @ self.model.get_parameter(layer.columns).detach().double()
+                    columns = curvature.metric(sums.tokens) @ self.model.get_parameter(layer.columns).detach().double()
                     made = eliminate(curvature.inputs, columns, least=min(self._widths(layer)))
                     orders[name] = {"order": made.order, "costs": made.costs, "total": made.total}
         return {"losses": losses, "orders": orders, "errors": errors, "metrics": metrics}
@@ -212,14 +214,13 @@ class _Calibration:
     @functools.cached_property
     def _groups(self) -> list[list[str]]:
         """Sites whose statistics are taken in one pass."""
-        groups: list[list[str]] = [[]]
-        size = 0
+        groups: list[list[str]] = []
+        room = 0
         for name in self.subject.free:
-            own = self._bytes_of(name)
-            if groups[-1] and size + own > _STATISTICS:
+            room -= self._bytes_of(name)
+            if room < 0 or not groups:
                 groups.append([])
-                size = 0
-            size += own
+                room = _STATISTICS - self._bytes_of(name)
             groups[-1].append(name)
         return groups
 

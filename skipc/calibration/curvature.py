@@ -60,10 +60,11 @@ class Curvature:
         self.outputs.addmm_(g.T, g)
         self.tokens += len(h)
 
-    def metric(self) -> torch.Tensor:
-        """float64 ``[out, out]``, a symmetric root: what a change ``D`` of the layer costs, in nats per token, is
-        ``tr(E inputs E')`` with ``E = metric @ D``."""
-        return metric_of(self.outputs) * (0.5 / max(self.tokens, 1)) ** 0.5
+    def metric(self, tokens: int | None = None) -> torch.Tensor:
+        """float64 ``[out, out]``, a symmetric root: what a change ``D`` of the layer costs, in nats per token (of
+        ``tokens``, if the model predicts another number of them than the layer sees), is ``tr(E inputs E')`` with
+        ``E = metric @ D``."""
+        return metric_of(self.outputs) * (0.5 / max(tokens or self.tokens, 1)) ** 0.5
 
 
 def metric_of(gradients: torch.Tensor) -> torch.Tensor:
@@ -103,7 +104,7 @@ class Curvatures:
         found: curvature of the layers.
         replaced: that of the sites to replace.
         losses: sums over tokens of half of ``(g . f)^2``: to second order, what leaving out a site costs.
-        tokens: how many there were.
+        tokens: how many the model was scored on.
     """
 
     layers: Mapping[str, HiddenLayer]
@@ -143,7 +144,7 @@ class Curvatures:
                     self.replaced[one.name] = SiteCurvature(Moments.empty(width, g.device), empty)
                 x, u = (valid_rows(t.detach(), batch) for t in one.read)
                 self.replaced[one.name].add(x, u, y, g)
-        self.tokens += batch.tokens if batch.valid is None else int(batch.valid.sum())
+        self.tokens += len(valid_rows(result_of(output), batch))
 
     def _hooks(self, model: torch.nn.Module, seen: list[_Seen]) -> list[tuple[torch.nn.Module, Hook]]:
         read: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -153,7 +154,8 @@ class Curvatures:
                 value = first_of(output)
                 if not value.requires_grad:  # no weight does: gradients begin at the first output that is watched
                     value.requires_grad_()
-                seen.append(_Seen(name, value, args[0].detach() if neurons else None, read.pop(name, None)))
+                inside = args[0].detach() if neurons else None
+                seen.append(_Seen(name, value, inside, None if neurons else read.pop(name, None)))
 
             return hook
 

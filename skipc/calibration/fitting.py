@@ -98,7 +98,7 @@ def fit_plan(
                 raise PlanError(f"{name} did not run on any of the batches")
             if name in sources:
                 found = fit(sources[name], whole.found.pop(name), (metrics or {}).get(name), ridge)
-                replace[name] = found.replacement(actions[name])
+                replace[name] = found.replacement(actions[name], next(model.parameters()).dtype)
                 continue
             layer, moments, width = layers[name], neurons.sums.pop(name), actions[name].size
             columns = parameter(model, layer.columns, weights)

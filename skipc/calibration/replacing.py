@@ -84,15 +84,17 @@ class Fit:
         by_rank, others = self.errors
         return by_rank[action.size] if action.kind == "lowrank" else others[action.kind]
 
-    def replacement(self, action: Action) -> Replacement:
-        """A replacement, in fp32."""
+    def replacement(self, action: Action, dtype: torch.dtype = torch.float32) -> Replacement:
+        """A replacement of a dtype."""
         if action.kind == "lowrank":
             up, down = self.directions[:, : action.size], self.duals[: action.size] @ self.slope
+            sizes = (up.norm(dim=0) / down.norm(dim=1).clamp(min=1e-300)).sqrt().clamp(1e-6, 1e6)
+            up, down = up / sizes, down * sizes[:, None]  # alike, so that one rate suits both in training
             shift = self.means[1] - up @ (down @ self.means[0])
-            return LowRank(self.source, *(t.float().contiguous() for t in (down, up, shift)))
+            return LowRank(self.source, *(t.to(dtype).contiguous() for t in (down, up, shift)))
         if action.kind == "affine":
-            return Affine(self.source, *(t.clone() for t in self.channels.float()))
-        return Affine(self.source, torch.tensor([self.scale], dtype=torch.float32), torch.zeros(1))
+            return Affine(self.source, *(t.to(dtype, copy=True) for t in self.channels))
+        return Affine(self.source, torch.tensor([self.scale], dtype=dtype), torch.zeros(1, dtype=dtype))
 
 
 def fit(source: Source, moments: Moments, metric: torch.Tensor | None = None, ridge: float = 1e-3) -> Fit:

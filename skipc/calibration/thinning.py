@@ -57,12 +57,12 @@ class SecondMoments:
 
 
 def token_scale(output: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """What each token of an output ``[tokens, width]`` is multiplied by, ``[tokens, 1]``: 1 over its size, 0 for
-    padding."""
-    scale = output.pow(2).mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-    if batch.valid is not None and batch.valid.numel() == len(output):
-        scale = scale * batch.valid.flatten()[:, None]
-    return scale
+    """What each token of an output ``[tokens, width]`` is multiplied by, ``[tokens, 1]``: 1 over its size (or over a
+    tenth of the usual size, if it is smaller), 0 for padding."""
+    squares = output.pow(2).mean(-1, keepdim=True)
+    scale = squares.clamp(min=max(1e-12, 0.01 * float(squares.median()))).rsqrt()
+    mask = batch.mask_of(len(output))
+    return scale if mask is None else scale * mask[:, None]
 
 
 def _reader(model: torch.nn.Module, layer: HiddenLayer) -> torch.nn.Module:

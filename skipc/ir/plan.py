@@ -138,11 +138,13 @@ class ReplacedSite:
     site: str
     kind: str
     shapes: tuple[tuple[int, ...], ...]
+    source: Source
 
     @classmethod
     def of(cls, site: str, replacement: Replacement) -> ReplacedSite:
         """That of ``replacement``."""
-        return cls(site, kind_of(replacement), tuple(tuple(t.shape) for t in replacement.tensors.values()))
+        shapes = tuple(tuple(t.shape) for t in replacement.tensors.values())
+        return cls(site, kind_of(replacement), shapes, replacement.source)
 
 
 @dataclass(frozen=True)

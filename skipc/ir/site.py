@@ -110,6 +110,7 @@ class Site:
     returned: int  # values of the site that the caller keeps (growing caches)
     hidden: HiddenLayer | None = None  # of an MLP of plain linear layers
     source: Source | None = None  # of which a replacement can be made; None if it cannot
+    dtype: str = ""  # of the stream: "float32"
 
 
 @dataclass(frozen=True)

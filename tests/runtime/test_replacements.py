@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,8 +13,8 @@ from transformers import DynamicCache, StaticCache
 import skipc
 from skipc.calibration.batches import batches_of, call_on
 from skipc.ir.plan import Affine, LowRank, Replacement
-from skipc.ir.site import Site
-from tests.harness import STRICT, assert_equal_bits, assert_no_further, in_double
+from skipc.ir.site import Site, Source
+from tests.harness import STRICT, assert_equal_bits, assert_no_further, in_double, run_regions_uncompiled
 from tests.models.zoo import ZOO, ids
 
 
@@ -42,8 +44,10 @@ def widened(plan: skipc.Plan) -> skipc.Plan:
 @pytest.mark.parametrize("kind", ["lowrank", "affine"])
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "gemma2", "gpt_neox", "bart", "hand_written"])
 @torch.no_grad()
-def test_compiled_replacements_are_what_eager_has(name: str, kind: str) -> None:
+def test_compiled_replacements_are_what_eager_has(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
+    if (name, kind) not in (("llama", "lowrank"), ("bert", "affine")):
+        run_regions_uncompiled(monkeypatch)  # what is at stake is the graph
     model, inputs = ZOO[name].build(), ZOO[name].inputs()
     sites = list(skipc.find_sites(model, **inputs).sites)
     replace = some_of(sites, kind)
@@ -66,6 +70,50 @@ def test_compiled_replacements_are_what_eager_has(name: str, kind: str) -> None:
     assert_no_further(call_on(double, wide, widened(other)), call_on(model, batch, other), found)
     assert session.stats().recompiles == 0
     assert_equal_bits(before, compiled(**inputs))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "falcon", "llama"])
+@torch.no_grad()
+def test_sites_beside_replaced_ones_keep_their_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of branches that share a sum, one is replaced and the other left out; replaced sites can be left out, too."""
+    torch._dynamo.reset()
+    run_regions_uncompiled(monkeypatch)
+    model, inputs = ZOO[name].build(), ZOO[name].inputs()
+    sites = list(skipc.find_sites(model, **inputs).sites)
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    (batch,) = batches_of(model, [inputs])
+    for kind, other in (("attention", "mlp"), ("mlp", "attention")):
+        for way in ("affine", "lowrank"):
+            replace = {
+                n: r for n, r in some_of(sites, way).items() if kind in next(s.kind for s in sites if s.name == n)
+            }
+            skip = {s.name for s in sites if s.kind == other}
+            for gone in (skip, {*skip, min(replace)}):
+                with compiled.session(plan=skipc.Plan(replace=replace), skip=gone) as session:
+                    found = compiled(**batch.inputs).logits
+                kept = {n: r for n, r in replace.items() if n not in gone}
+                expected = call_on(model, batch, skipc.Plan(gone, replace=kept)).logits
+                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+                assert session.stats().skipped.keys() == gone
+                assert session.stats().ran.keys() == {s.name for s in sites} - gone
+
+
+@torch.no_grad()
+def test_maps_in_half_precision(llama: Any) -> None:
+    """Of maps in fp32: they take the dtype of the stream, in whatever the program reads first."""
+    torch._dynamo.reset()
+    model = ZOO["llama"].build()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    half.model.rotary_emb.inv_freq = half.model.rotary_emb.inv_freq.float()
+    sites = list(skipc.find_sites(model, ids(), use_cache=False).sites)
+    plan = skipc.Plan(replace=some_of(sites, "lowrank"), kv="none")
+    compiled = skipc.compile(half, fullgraph=True, **STRICT)
+    for embeds in (torch.randn(2, 7, 64), torch.randn(1, 1, 64)):
+        (wide,) = batches_of(model, [{"inputs_embeds": embeds}])
+        with compiled.session(plan=plan):
+            found = compiled(inputs_embeds=embeds.to(torch.bfloat16), use_cache=False).logits
+        expected = call_on(model, wide, plan).logits
+        torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +208,14 @@ def test_generation_under_replacements_joins_chains(llama: Any) -> None:
 
 def test_what_does_not_fit_is_refused_by_name(llama: Any) -> None:
     model, compiled, sites = llama
+    other = Source("model.layers.1.input_layernorm", True, 64)
+    moved = some_of([dataclasses.replace(sites[0], source=other)], "affine")
+    with (
+        torch.no_grad(),
+        compiled.session(plan=skipc.Plan(replace=moved)),
+        pytest.raises(skipc.PlanError, match="its replacement was made for"),
+    ):
+        compiled(ids(), use_cache=False)
     name = sites[0].name
     good = some_of(sites, "lowrank")[name]
     assert isinstance(good, LowRank)

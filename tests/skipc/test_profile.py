@@ -234,3 +234,23 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         skipc.calibrate(model, text(), removals=(20,))
     with pytest.raises(skipc.PlanError, match="training mode"):
         skipc.calibrate(ZOO["llama"].build().train(), text())
+
+
+@torch.no_grad()
+def test_attentions_become_maps_and_texts_are_those_of_eager() -> None:
+    """Where attentions may be changed and none left out, maps take their place: decoding writes no keys for them."""
+    model, profile = calibrated(kinds=["attention"], removals=(0.1, 0.2))
+    actions = [profile.menu[-1].actions[n] for n in ("model.layers.0.self_attn", "model.layers.1.self_attn")]
+    assert [a.kind for a in actions] == ["lowrank"] * 2
+    assert profile.menu[0].actions.keys() <= profile.menu[1].actions.keys()
+    assert profile.sites["model.layers.0.self_attn"].ranks[8] < profile.sites["model.layers.0.self_attn"].loss
+    plan = profile.plan_of(profile.menu[-1])
+    assert plan.replace.keys() == profile.menu[-1].actions.keys()
+    assert plan.kv == "none"
+    compiled, prompt = skipc.compile(model, fullgraph=True, **STRICT), text(3, 1)[0][:, :6]
+    with compiled.session(plan=plan):
+        found = skipc.generate(compiled, prompt, max_new_tokens=8, eos_token_id=None)
+    for _ in range(8):
+        (batch,) = batches_of(model, [prompt])
+        prompt = torch.cat([prompt, call_on(model, batch, plan).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, prompt)
