@@ -41,8 +41,11 @@ def widened(plan: skipc.Plan) -> skipc.Plan:
     return plan.with_tensors({n: t.double() for n, t in plan.trained.items()})
 
 
-@pytest.mark.parametrize("kind", ["lowrank", "affine"])
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "gemma2", "gpt_neox", "bart", "hand_written"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(n, "lowrank") for n in ("llama", "bert", "gpt2", "gemma2", "bart", "hand_written")]
+    + [(n, "affine") for n in ("llama", "bert", "gpt_neox")],
+)
 @torch.no_grad()
 def test_compiled_replacements_are_what_eager_has(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
