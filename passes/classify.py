@@ -123,13 +123,18 @@ def branch_module(node: fx.Node, frame: Sequence[str]) -> str | None:
     return next((p for p in module_paths(node) if p not in frame), None)
 
 
+def dominators(branch: Iterable[fx.Node], start: fx.Node, flow: Dataflow) -> dict[fx.Node, fx.Node]:
+    """For each node of a branch, the next one towards ``start`` that all paths from there go through."""
+    inside = {*branch, start}
+    graph = nx.DiGraph([(s, n) for n in branch for s in flow.sources[n] if s in inside])
+    return dict(nx.immediate_dominators(graph, start))
+
+
 def name_of(add: fx.Node, start: fx.Node, branch: Sequence[fx.Node], kind: SiteKind, flow: Dataflow) -> str:
     """The module whose output, set to zero, makes ``branch`` vanish: walk from the addition towards the heavy work,
     through scales and norms that keep zero, and take the outermost module there."""
     frame = module_paths(add)
-    inside = set(branch)
-    graph = nx.DiGraph([(s, n) for n in branch for s in flow.sources[n] if s in inside or s is start])
-    dominators = nx.immediate_dominators(graph, start)
+    above = dominators(branch, start, flow)
     heavy_modules = {p for n in branch if is_heavy(n) for p in module_paths(n)}
     best: str | None = None
     node = branch[-1]
@@ -141,7 +146,7 @@ def name_of(add: fx.Node, start: fx.Node, branch: Sequence[fx.Node], kind: SiteK
                 break
         elif is_heavy(node):
             break
-        node = dominators[node]
+        node = above[node]
     return best or ".".join([*frame[-1:], f"<{kind.value}>"])  # no module's path: nothing in eager to zero
 
 

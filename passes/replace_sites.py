@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from skipc.passes.branch_source import Span, Spans
+from skipc.passes.branch_spans import Span, Spans
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import erase_unused, fake_mode_of, infer, labels_of
 from skipc.passes.ops import tensor
@@ -15,10 +15,10 @@ from skipc.passes.residual import Streams
 from torch import fx
 
 from skipc.ir.errors import PlanError
-from skipc.ir.plan import REPLACEMENTS, ReplacedSite
+from skipc.ir.replacement import Affine, LowRank, Replaced
 
 
-def replace_sites(gm: fx.GraphModule, streams: Streams, replaced: Sequence[ReplacedSite], keep_keys: bool) -> None:
+def replace_sites(gm: fx.GraphModule, streams: Streams, replaced: Replaced) -> None:
     """Edit ``gm``: each replaced site's module gives what its replacement makes. The tensors of the replacements become
     inputs of the graph, behind all others, in the order of ``replaced``. Sites keep their names and kinds.
 
@@ -26,8 +26,6 @@ def replace_sites(gm: fx.GraphModule, streams: Streams, replaced: Sequence[Repla
         gm: after the passes over whole graphs.
         streams: of ``gm``; edited, too.
         replaced: sites of ``gm``.
-        keep_keys: whether replaced attentions still write their keys and values. Those that the caller or another layer
-            reads are written anyway.
 
     Raises:
         PlanError: for a site whose branch does not begin and end where eager's modules do, or reads something else than
@@ -36,18 +34,18 @@ def replace_sites(gm: fx.GraphModule, streams: Streams, replaced: Sequence[Repla
     graph, terms = gm.graph, {t.name: (t, j) for j in streams.junctions for t in j.terms}
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     flow = Dataflow(graph)
-    spans, every = Spans(flow), []
-    for one in replaced:
+    spans, every = Spans(flow, streams.junctions), []
+    for one in replaced.sites:
         span = spans.of(*terms[one.site])
         if span is None:
             raise PlanError(f"{one.site} cannot be replaced: its branch has no modules of its own in this graph")
         if span.source != one.source:
             raise PlanError(f"{one.site} reads {span.source}, and its replacement was made for {one.source}")
-        every.append((one, span, [] if keep_keys else _private_writes(span, flow)))
+        every.append((one, span, [] if replaced.keep_keys else _private_writes(span, flow)))
     made_of: dict[fx.Node, fx.Node] = {}
     for one, span, writes in every:
         inputs = []
-        for name, shape in zip(REPLACEMENTS[one.kind].names(), one.shapes, strict=True):
+        for name, shape in zip(one.kind.names(), one.shapes, strict=True):
             last = _input(graph, last, f"{one.site}_{name}", shape, span)
             inputs.append(last)
         made = made_of[span.made] = _EMIT[one.kind](graph, span, inputs)
@@ -93,7 +91,7 @@ def _low_rank(graph: fx.Graph, span: Span, inputs: Sequence[fx.Node]) -> fx.Node
     return _call(graph, span, F.linear, (inner, up, shift))
 
 
-_EMIT = {"affine": _affine, "lowrank": _low_rank}
+_EMIT = {Affine: _affine, LowRank: _low_rank}
 
 
 def _call(graph: fx.Graph, span: Span, function: object, arguments: tuple[object, ...]) -> fx.Node:

@@ -208,15 +208,14 @@ class _Builder:
     def _kernels(self, arm: Arm) -> bool:
         assert arm.region is not None
         kernels = self.spec.regions[arm.region].kernels
-        made = {i: f"{name}.{i}" for i in range(len(kernels) - 1) for name in arm.outputs[:1]}  # seen by nobody else
-        return bool(kernels) and all(self._link(call, arm, made, i) for i, call in enumerate(kernels))
+        return bool(kernels) and all(self._link(call, arm, i) for i, call in enumerate(kernels))
 
-    def _link(self, call: KernelCall, arm: Arm, made: dict[int, str], number: int) -> bool:
+    def _link(self, call: KernelCall, arm: Arm, number: int) -> bool:
         def named(value: object) -> object:
             if isinstance(value, tuple):
                 return tuple(map(named, value))
             if isinstance(value, Result):
-                return made[value.index]
+                return f"{arm.outputs[0]}.{value.index}"
             return arm.inputs[value.index] if isinstance(value, Input) else value
 
         arguments: tuple = tuple(map(named, call.arguments))  # type: ignore[type-arg]
@@ -256,8 +255,8 @@ class _Builder:
             keys, values = arguments[10:12] if call.name == "attention_block" else arguments[9:11]
             self.written |= {keys: None, values: None}
         if result is not None:
-            read_here = any(Result(number) in c.arguments for c in self.spec.regions[arm.region].kernels)  # type: ignore[index]
-            self.values[made[number] if read_here else arm.outputs[0]] = result
+            (output,) = arm.outputs  # the last call's
+            self.values[output] = self.values[f"{output}.{number}"] = result
         return True
 
     def _ended(self, last: int) -> Chain | None:

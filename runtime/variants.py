@@ -14,8 +14,9 @@ import torch
 from skipc.runtime import registry
 
 from skipc.ir.errors import PlanError
-from skipc.ir.plan import Plan, ReplacedSite, Shapes
+from skipc.ir.plan import Plan, Shapes
 from skipc.ir.program import KVPolicy
+from skipc.ir.replacement import Replaced, ReplacedSite
 
 if TYPE_CHECKING:
     from skipc.runtime.program import Program
@@ -39,14 +40,6 @@ class SizeGuards:
         """Whether they do for these inputs."""
         values = {symbol: inputs[i] for symbol, i in self.symbols.items()}
         return all(bool(guard.subs(values)) for guard in self.guards)
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """Sites of a program that are replaced, and whether attentions among them still write their keys and values."""
-
-    sites: tuple[ReplacedSite, ...] = ()
-    keep_keys: bool = True
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         VersionError,
     )
     from skipc.ir.gating import GateTable
-    from skipc.ir.plan import Affine, LowRank, Plan
+    from skipc.ir.plan import Plan
+    from skipc.ir.replacement import Affine, LowRank
     from skipc.ir.route import Route
     from skipc.ir.site import Reason, Rejection, Site, SiteKind, SiteReport
     from skipc.model import CompiledModel, compile, session
@@ -68,7 +69,8 @@ _HOME = {
     "skipc.packaging": ["package"],
     "skipc.runtime.generation": ["generate"],
     "skipc.ir.gating": ["GateTable"],
-    "skipc.ir.plan": ["Affine", "LowRank", "Plan"],
+    "skipc.ir.plan": ["Plan"],
+    "skipc.ir.replacement": ["Affine", "LowRank"],
     "skipc.ir.route": ["Route"],
     "skipc.runtime.policies": [
         "AdaSkip", "Call", "EarlyExit", "FFNSkip", "Lagged", "Observe", "Policy", "PredictionExit", "Routed",

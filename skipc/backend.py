@@ -13,6 +13,7 @@ from torch import fx
 from skipc.ir.config import BUDGETS, Config
 from skipc.ir.errors import ConfigError, NoResidualStreamError, PlanError, ProfileError, SkipcError, UnknownSiteError
 from skipc.ir.plan import Plan
+from skipc.ir.replacement import Replaced
 from skipc.passes.base import Pass, PassContext
 from skipc.passes.fx_edit import copy_graph
 from skipc.passes.lowering.inductor import check_torch_version, compile_whole, late_guards
@@ -26,9 +27,11 @@ from skipc.passes.substitute_weights import substitute_weights, weight_name
 from skipc.runtime import registry
 from skipc.runtime.graph_program import CondProgram, StaticProgram
 from skipc.runtime.program import Fallback, Program
-from skipc.runtime.variants import Replaced, SizeGuards
+from skipc.runtime.variants import SizeGuards
 
 log = logging.getLogger("skipc")
+
+_NONE_REPLACED = Replaced()
 
 
 class FallbackReason(StrEnum):
@@ -127,7 +130,7 @@ def preset_plan(program: Program, gm: fx.GraphModule, example_inputs: Sequence[A
     return plan_for(config.profile, BUDGETS[config.preset], named)
 
 
-def build_program(gm: fx.GraphModule, config: Config, replaced: Replaced | None = None) -> Program:
+def build_program(gm: fx.GraphModule, config: Config, replaced: Replaced = _NONE_REPLACED) -> Program:
     """Run the passes over ``gm``, and lower and compile the result, with some sites replaced."""
     partial = graph_break_of(gm)
     if config.lowering == "outline":
@@ -157,7 +160,7 @@ def build_outline(
     gm: fx.GraphModule,
     config: Config,
     region_passes: tuple[type[Pass], ...] = REGION_PIPELINE,
-    replaced: Replaced | None = None,
+    replaced: Replaced = _NONE_REPLACED,
 ) -> tuple[Outline, PassManager]:
     """Run the passes over ``gm`` and outline the result, without compiling anything.
 
@@ -167,9 +170,9 @@ def build_outline(
     manager = PassManager(PassContext(config), region_passes=region_passes)
     transformed = manager.run(gm)
     streams = manager.ctx.streams
-    if replaced is not None and replaced.sites and streams is not None:
-        replace_sites(transformed, streams, replaced.sites, replaced.keep_keys)
     assert streams is not None
+    if replaced.sites:
+        replace_sites(transformed, streams, replaced)
     if not streams.junctions:
         raise NoResidualStreamError(FallbackReason.NO_STREAM)
     return Outline(transformed, streams, manager), manager

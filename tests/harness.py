@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 import skipc
 from skipc.calibration import sampling
 from skipc.calibration.costs import Regime
+from tests.models.zoo import ids
 
 STRICT = {"on_error": "raise"}
 
@@ -149,6 +150,16 @@ def check_pass(
     again: PassResult = kind().run(result, PassContext())
     assert not again.changed, "a second run still changes the graph"
     return result
+
+
+def unlike_in_padding() -> list[dict[str, torch.Tensor]]:
+    """Two calls of an encoder, int64 [2, 7], that differ in what stands in the place of padding alone."""
+    made = []
+    for padding in (1, 2):
+        text, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+        mask[0, 5:], text[0, 5:] = 0, padding
+        made.append({"input_ids": text, "attention_mask": mask})
+    return made
 
 
 def run_regions_uncompiled(monkeypatch: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import sympy
 import torch
-from skipc.passes.branch_source import Spans
+from skipc.passes.branch_spans import Spans
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import copy_graph, fake_mode_of
 from skipc.passes.hidden_layers import hidden_layer
@@ -234,17 +234,15 @@ class Outline:
         return len(self.regions) - 1
 
     def _sites(self) -> tuple[Site, ...]:
-        sites, spans = [], Spans(self.flow)
-        names = {t.name for slot in self.partition.slots for t in (slot.junction.terms if slot.junction else ())}
+        sites, spans = [], Spans(self.flow, [s.junction for s in self.partition.slots if s.junction is not None])
         for slot in self.partition.slots:
             for term in slot.junction.terms if slot.junction else ():
                 private = self._private(slot, term.name)
                 writes = self.builder.droppable(slot, [term])
                 returned = self.builder.kept(slot, [term])
                 slice_size = len(self.builder.slice_of(slot, [*writes, *returned]))
-                again = "#" in term.name or f"{term.name}#2" in names  # the module runs several times
-                span = None if again else spans.of(term, slot.junction)  # type: ignore[arg-type]
-                value = tensor(term.value)
+                span = spans.of(term, slot.junction)  # type: ignore[arg-type]
+                stream = tensor(slot.junction.point)  # type: ignore[union-attr]
                 sites.append(
                     Site(
                         name=term.name,
@@ -257,7 +255,7 @@ class Outline:
                         returned=len(returned),
                         hidden=hidden_layer(term.branch) if term.kind is SiteKind.MLP else None,
                         source=span.source if span is not None else None,
-                        dtype=str(value.dtype).removeprefix("torch.") if value is not None else "",
+                        dtype=str(stream.dtype).removeprefix("torch.") if stream is not None else "",
                     )
                 )
         return tuple(sites)

@@ -12,7 +12,8 @@ import torch
 from torch.func import functional_call
 
 from skipc.ir.errors import PlanError
-from skipc.ir.plan import Plan, Replacement
+from skipc.ir.plan import Plan
+from skipc.ir.replacement import Replacement
 from skipc.ir.site import Source
 
 
@@ -26,7 +27,8 @@ class Batch:
     def valid(self) -> torch.Tensor | None:
         """bool ``[batch, tokens]``, False for padding (of a decoder's tokens, where it has an encoder beside it); None
         if there is none."""
-        mask = self.inputs.get("decoder_attention_mask" if "decoder_input_ids" in self.inputs else "attention_mask")
+        decodes = {"decoder_input_ids", "decoder_attention_mask"} & self.inputs.keys()
+        mask = self.inputs.get("decoder_attention_mask" if decodes else "attention_mask")
         return mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
     def mask_of(self, rows: int) -> torch.Tensor | None:
@@ -66,11 +68,13 @@ def batches_of(model: torch.nn.Module, given: Iterable[Any]) -> list[Batch]:
     return made
 
 
-def call_on(model: torch.nn.Module, batch: Batch, plan: Plan | None = None) -> Any:
-    """What ``model`` gives for ``batch`` in eager, under ``plan``."""
+def call_on(model: torch.nn.Module, batch: Batch, plan: Plan | None = None, frozen: bool = False) -> Any:
+    """What ``model`` gives for ``batch`` in eager, under ``plan``. ``frozen``: where gradients are on, they are for the
+    plan's tensors alone, not for the model's."""
     plan = plan or Plan()
+    own = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)} if frozen else {}
     with left_out(model, plan.skip), replaced(model, plan.replace):
-        return functional_call(model, plan.weights, (), dict(batch.inputs), tie_weights=False)
+        return functional_call(model, {**own, **plan.weights}, (), dict(batch.inputs), tie_weights=False)
 
 
 @contextmanager
@@ -95,8 +99,7 @@ def replaced(model: torch.nn.Module, replace: Mapping[str, Replacement]) -> Iter
 
     def instead(site: str, replacement: Replacement) -> Hook:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
-            made = replacement.made(*seen.pop(site)).to(first_of(output).dtype)
-            return made if isinstance(output, torch.Tensor) else type(output)((made, *output[1:]))
+            return with_first(output, replacement.made(*seen.pop(site)).to(first_of(output).dtype))
 
         return hook
 
@@ -138,6 +141,11 @@ def first_of(output: Any) -> torch.Tensor:
     return value
 
 
+def with_first(output: Any, value: torch.Tensor) -> Any:
+    """What a module gives, with ``value`` for it or for the first part of it."""
+    return value if isinstance(output, torch.Tensor) else type(output)((value, *output[1:]))
+
+
 def module_of(model: torch.nn.Module, site: str) -> torch.nn.Module:
     """The module whose output is what a site adds.
 
@@ -151,9 +159,7 @@ def module_of(model: torch.nn.Module, site: str) -> torch.nn.Module:
 
 
 def _nothing(module: torch.nn.Module, args: Any, output: Any) -> Any:
-    if isinstance(output, torch.Tensor):
-        return torch.zeros_like(output)
-    return type(output)((torch.zeros_like(output[0]), *output[1:]))
+    return with_first(output, torch.zeros_like(first_of(output)))
 
 
 def in_half(device: torch.device) -> AbstractContextManager[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -118,10 +117,9 @@ def calibrate(
     if any(not 0 < r < 1 for r in removals):
         raise PlanError(f"removals are shares of the sublayers' time, between 0 and 1, not {list(removals)}")
     amount, removals = EFFORTS[effort], sorted(set(removals))
-    kept = Path(folder) if folder is not None else None
     bar = (lambda items: _tracked(items, "writing chats")) if progress else None
     subject = Subject(
-        model, batches, held_out, tokenizer, amount.judged, seed, chats=amount.chats, kept=kept, progress=bar
+        model, batches, held_out, tokenizer, amount.judged, seed, chats=amount.chats, kept=folder, progress=bar
     )
     subject.restrict(never, kinds)
     regime = subject.regime(phase, batch, length, cache)
@@ -188,7 +186,7 @@ class _Calibration:
         orders: dict[str, Any] = {}
         errors: dict[str, list[float]] = {}
         metrics: dict[str, torch.Tensor] = {}
-        groups, room = self._groups, _STATISTICS
+        groups, room = self._groups(), _STATISTICS
         for i, group in enumerate(groups):
             sources = {n: s for n in group if (s := self.subject.sites[n].source) is not None}
             layers = {n: self.layers[n] for n in group if n in self.layers}
@@ -211,7 +209,6 @@ class _Calibration:
                     orders[name] = {"order": made.order, "costs": made.costs, "total": made.total}
         return {"losses": losses, "orders": orders, "errors": errors, "metrics": metrics}
 
-    @functools.cached_property
     def _groups(self) -> list[list[str]]:
         """Sites whose statistics are taken in one pass."""
         groups: list[list[str]] = []

@@ -33,7 +33,6 @@ from skipc.calibration.batches import (
     valid_rows,
 )
 from skipc.calibration.replacing import Moments
-from skipc.ir.plan import Plan
 from skipc.ir.site import HiddenLayer, Source
 
 _MOST = 100.0  # times the mean: a few tokens have squared gradients so large that nothing else would be seen
@@ -117,10 +116,9 @@ class Curvatures:
 
     def add(self, model: torch.nn.Module, batch: Batch, generator: torch.Generator) -> None:
         """Run ``model`` forward and backward on one batch."""
-        own = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
         seen: list[_Seen] = []
         with torch.enable_grad(), hooked(self._hooks(model, seen)), in_half(device_of(model)):
-            output = call_on(model, batch, Plan(weights=own))
+            output = call_on(model, batch, frozen=True)
             score = log_likelihood(output, batch, generator)
             gradients = torch.autograd.grad(score, [s.output for s in seen], allow_unused=True)
         for one, gradient in zip(seen, gradients, strict=True):

@@ -41,8 +41,7 @@ def distill(
     start = {name: value.detach() for name, value in plan.trained.items()}
     if not start:
         raise PlanError("the plan has no weights to train")
-    own = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
-    dtype = next(iter(own.values())).dtype
+    dtype = next(model.parameters()).dtype
     weights = {name: value.float().clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.Adam(weights.values(), lr=rate, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
@@ -56,8 +55,7 @@ def distill(
                 truth = call_on(model, batch)
             with torch.enable_grad():
                 student = plan.with_tensors({n: v.to(dtype) for n, v in weights.items()})
-                student.weights = {**own, **student.weights}  # whose gradients nobody asks for
-                loss = divergence(truth, call_on(model, batch, student), batch)
+                loss = divergence(truth, call_on(model, batch, student, frozen=True), batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)

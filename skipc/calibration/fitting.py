@@ -23,8 +23,6 @@ from skipc.ir.plan import Action, Plan
 from skipc.ir.program import KVPolicy
 from skipc.ir.site import Site
 
-_CLOSED = ("lowrank", "affine", "scale")
-
 
 @torch.no_grad()
 def fit_plan(
@@ -63,15 +61,16 @@ def fit_plan(
     for name in sorted(actions):
         if name not in known:
             raise UnknownSiteError(name, list(known))
-        if actions[name].kind in _CLOSED and known[name].source is None:
+        if actions[name].replacement is not None and known[name].source is None:
             raise PlanError(f"{name} cannot be replaced: no module gives what it reads")
     start = start or Plan()
     skip = [n for n, a in actions.items() if a.kind == "skip"]
     layers = hidden_layers(known.values(), [n for n, a in actions.items() if a.kind == "thin"])
-    sources = {n: s.source for n, s in known.items() if n in actions and actions[n].kind in _CLOSED and s.source}
+    replaced = {n for n, a in actions.items() if a.replacement is not None}
+    sources = {n: s.source for n, s in known.items() if n in replaced and s.source is not None}
     parameters = {p for layer in layers.values() for p in (layer.columns, *(r for r, _ in layer.rows))}
     weights = {n: v for n, v in start.weights.items() if n in parameters}
-    replace = {n: r for n, r in start.replace.items() if n in sources and _same(r, actions[n])}
+    replace = {n: r for n, r in start.replace.items() if n in sources and Action.of(r) == actions[n]}
     now = {name: parameter(model, layer.columns, weights).shape[1] for name, layer in layers.items()}
     for name in layers:
         if not 1 <= actions[name].size <= now[name]:
@@ -108,11 +107,3 @@ def fit_plan(
                 kept = eliminate(moments, columns, ridge, least=width).kept(width)
             weights |= thin_weights(model, layer, kept, refit(moments, columns, kept, ridge), weights)
     return Plan(skip, weights, kv=kv, replace=replace)
-
-
-def _same(replacement: Any, action: Action) -> bool:
-    """Whether ``replacement`` is what ``action`` asks for."""
-    shapes = {n: tuple(t.shape) for n, t in replacement.tensors.items()}
-    if action.kind == "lowrank":
-        return shapes.get("down", (0,))[0] == action.size
-    return "scale" in shapes and (shapes["scale"] == (1,)) == (action.kind == "scale")

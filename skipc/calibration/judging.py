@@ -128,12 +128,9 @@ class Judge:
 
     def _valid(self, batch: Batch) -> torch.Tensor | None:
         """:attr:`Batch.valid` of the tokens that the model answers with: of an encoder-decoder, the decoder's."""
-        if not self._is_paired and "decoder_input_ids" not in batch.inputs:
-            return batch.valid
-        mask = batch.inputs.get("decoder_attention_mask")
-        if isinstance(mask, torch.Tensor):
-            return mask.bool()
-        return None if {"decoder_input_ids", "labels"} & batch.inputs.keys() else batch.valid
+        decodes = {"decoder_input_ids", "decoder_attention_mask"} & batch.inputs.keys()
+        of_encoder = self._is_paired and "labels" in batch.inputs and not decodes
+        return None if of_encoder else batch.valid
 
     @property
     def _is_paired(self) -> bool:

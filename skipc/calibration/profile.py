@@ -19,7 +19,7 @@ from skipc.calibration.checkpoint import checkpoint_digest, differing
 from skipc.calibration.costs import CostModel, Regime, Timing, actions_of
 from skipc.calibration.judging import Judgement
 from skipc.ir.errors import PlanError, ProfileError
-from skipc.ir.plan import REPLACEMENTS, Action, Expectation, Plan, Replacement
+from skipc.ir.plan import Action, Expectation, Plan
 from skipc.ir.program import KVPolicy
 from skipc.ir.site import Source
 from skipc.runtime.policies.base import Phase
@@ -95,11 +95,8 @@ class Entry:
     ) -> Plan:
         """It as a plan, with tensors as :attr:`Plan.trained` names them."""
         skip = [site for site, action in self.actions.items() if action.kind == "skip"]
-        replace: dict[str, Replacement] = {}
-        for site, action in self.actions.items():
-            if action.kind in ("lowrank", "affine", "scale"):
-                kind = REPLACEMENTS["lowrank" if action.kind == "lowrank" else "affine"]
-                replace[site] = kind(sources[site], **{n: tensors[f"{site}/{n}"] for n in kind.names()})  # type: ignore[arg-type]
+        kinds = {site: kind for site, action in self.actions.items() if (kind := action.replacement) is not None}
+        replace = {site: kind.of(site, sources[site], tensors) for site, kind in kinds.items()}
         weights = {n: t for n, t in tensors.items() if "/" not in n}
         return Plan(skip, weights, expected, self.kv, replace)
 

@@ -16,7 +16,8 @@ import torch
 
 from skipc.calibration.batches import Batch, Hook, first_of, module_of, reading
 from skipc.calibration.thinning import ridged, token_scale
-from skipc.ir.plan import Action, Affine, LowRank, Replacement
+from skipc.ir.plan import Action
+from skipc.ir.replacement import Affine, LowRank, Replacement
 from skipc.ir.site import Source
 
 

@@ -13,8 +13,9 @@ from skipc.calibration.similarity import measure_similarity
 from skipc.calibration.subject import Subject
 from skipc.calibration.thinning import thin_weights
 from skipc.calibration.timing import medians, time_calls
-from skipc.ir.plan import SKIP, Action, LowRank, Plan
+from skipc.ir.plan import SKIP, Action, Plan
 from skipc.ir.program import KVPolicy
+from skipc.ir.replacement import LowRank
 from skipc.model import compile as compile_model
 
 _PREFILLS = (64, 256)  # tokens of the prefills that are timed beside decode steps

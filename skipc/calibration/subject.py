@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from skipc.calibration.batches import Batch, batches_of, call_on, module_of
+from skipc.calibration.chats import NoChatsError, chats
 from skipc.calibration.checkpoint import bytes_of, checkpoint_digest, digests_of
 from skipc.calibration.costs import Regime
 from skipc.calibration.judging import is_causal
-from skipc.calibration.text import NoChatsError, calibration_windows, chats
+from skipc.calibration.text import calibration_windows
 from skipc.explanation import find_sites
 from skipc.ir.errors import PlanError, UnknownSiteError
 from skipc.ir.site import HiddenLayer, Site
@@ -36,7 +37,7 @@ class Subject:
     Args:
         windows: of the default text to judge by. Where there are chats, half of them are.
         chats: of the default text, conversations that the model writes itself if it can (see
-            :func:`skipc.calibration.text.chats`): so many to calibrate on, among twice as many windows of
+            :func:`skipc.calibration.chats.chats`): so many to calibrate on, among twice as many windows of
             documentation.
         kept: a folder that keeps them for the next Subject, in ``chats.safetensors``.
         progress: wraps an iterable, as ``tqdm`` or ``rich`` do.

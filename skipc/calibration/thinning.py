@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from skipc.calibration.batches import Batch, Hook, call_on, device_of, hooked, in_half
+from skipc.calibration.batches import Batch, Hook
 from skipc.ir.errors import PlanError, UnknownSiteError
-from skipc.ir.plan import Plan
 from skipc.ir.site import HiddenLayer, Site
 
 _STRETCH = 64  # neurons that leave before matrices shrink
@@ -33,12 +32,6 @@ class SecondMoments:
         self.layers = dict(layers)
         self.sums: dict[str, torch.Tensor] = {}
         self.tokens = 0
-
-    @torch.no_grad()
-    def add(self, model: torch.nn.Module, batch: Batch, plan: Plan | None = None) -> None:
-        """Run ``model`` on one batch, under ``plan``."""
-        with hooked(self.hooks(model, batch)), in_half(device_of(model)):
-            call_on(model, batch, plan)
 
     def hooks(self, model: torch.nn.Module, batch: Batch) -> list[tuple[torch.nn.Module, Hook]]:
         """What sees the neurons in a call on ``batch``."""

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 import skipc
 from skipc.calibration.batches import batches_of, call_on
-from skipc.ir.plan import Affine, LowRank, Replacement
+from skipc.ir.replacement import Affine, LowRank, Replacement
 from skipc.ir.site import Site, Source
 from tests.harness import STRICT, assert_equal_bits, assert_no_further, in_double, run_regions_uncompiled
 from tests.models.zoo import ZOO, ids

@@ -15,7 +15,7 @@ import skipc
 from skipc.calibration.batches import batches_of, call_on
 from skipc.calibration.judging import Judge, Judgement
 from skipc.calibration.text import calibration_windows, documentation_text, english_text, halves
-from tests.harness import known_times
+from tests.harness import known_times, unlike_in_padding
 from tests.models.zoo import ZOO, ids
 
 
@@ -113,14 +113,10 @@ def test_an_encoder_decoder_is_judged_on_the_decoders_tokens(length: int) -> Non
 
 def test_encoders_are_judged_by_their_embeddings() -> None:
     model = ZOO["bert"].build()
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[0, 5:] = 0
     judged = []
-    for padding in (1, 2):
-        text = ids(2, 7)
-        text[0, 5:] = padding
-        judge = Judge(model, batches_of(model, [{"input_ids": text, "attention_mask": mask}]))
-        names = skipc.find_sites(model, text, attention_mask=mask).names
+    for inputs in unlike_in_padding():
+        judge = Judge(model, batches_of(model, [inputs]))
+        names = skipc.find_sites(model, **inputs).names
         judged.append(judge.judge(skipc.Plan([n for n in names if "0.attention" in n])))
     assert judged[0].measure == "cosine"
     assert 0 < judged[0].loss < 1

@@ -14,8 +14,10 @@ from skipc.calibration.curvature import Curvatures, metric_of
 from skipc.calibration.distillation import divergence
 from skipc.calibration.fitting import fit_plan
 from skipc.calibration.replacing import Moments, SiteMoments, fit
-from skipc.ir.plan import Action, Affine, LowRank
+from skipc.ir.plan import Action
+from skipc.ir.replacement import Affine, LowRank
 from skipc.ir.site import Source
+from tests.harness import unlike_in_padding
 from tests.models.zoo import ZOO, ids
 
 SOURCE = Source("norm", True, 6)
@@ -133,15 +135,10 @@ def test_a_linear_site_is_replaced_without_loss(name: str, monkeypatch: pytest.M
 
 
 def test_padding_has_no_say() -> None:
-    model, mask = ZOO["bert"].build(), torch.ones(2, 7, dtype=torch.long)
+    model, found = ZOO["bert"].build(), []
     sources = {s.name: s.source for s in skipc.find_sites(model, ids(2, 7)).sites if s.source is not None}
-    mask[0, 5:] = 0
-    found = []
-    for padding in (1, 2):
-        text = ids(2, 7)
-        text[0, 5:] = padding
+    for batch in batches_of(model, unlike_in_padding()):
         sums = SiteMoments(sources)
-        (batch,) = batches_of(model, [{"input_ids": text, "attention_mask": mask}])
         with torch.no_grad(), hooked(sums.hooks(model, batch)):
             call_on(model, batch)
         found.append(sums.found)

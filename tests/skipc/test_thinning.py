@@ -9,12 +9,12 @@ import torch
 from skipc.passes.hidden_layers import hidden_layer
 
 import skipc
-from skipc.calibration.batches import batches_of, call_on, result_of
+from skipc.calibration.batches import batches_of, call_on, hooked, result_of
 from skipc.calibration.distillation import distill, divergence
 from skipc.calibration.fitting import fit_plan
 from skipc.calibration.thinning import SecondMoments, eliminate, hidden_layers, refit
 from skipc.ir.plan import Action
-from tests.harness import STRICT
+from tests.harness import STRICT, unlike_in_padding
 from tests.models.zoo import ZOO, ids
 
 
@@ -89,14 +89,11 @@ def test_padding_has_no_say() -> None:
     model = ZOO["bert"].build()
     sites = skipc.find_sites(model, ids(2, 7)).sites
     layers = hidden_layers(sites, [s.name for s in sites if s.hidden])
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[0, 5:] = 0
     sums = []
-    for padding in (1, 2):
-        text = ids(2, 7)
-        text[0, 5:] = padding
+    for batch in batches_of(model, unlike_in_padding()):
         moments = SecondMoments(layers)
-        moments.add(model, *batches_of(model, [{"input_ids": text, "attention_mask": mask}]))
+        with hooked(moments.hooks(model, batch)):
+            call_on(model, batch)
         assert moments.tokens == 12
         sums.append(moments.sums)
     for name in layers:

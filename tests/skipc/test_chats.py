@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import skipc
+from skipc.calibration import chats as chats_module
 from skipc.calibration import subject as subject_module
 from skipc.calibration import text as text_module
 from skipc.calibration.batches import Batch
+from skipc.calibration.chats import NoChatsError, Turns, _Talk, chats, turns_of
 from skipc.calibration.subject import Subject
-from skipc.calibration.text import NoChatsError, Turns, _Talk, chats, turns_of
 from tests.harness import STRICT, run_regions_uncompiled
 from tests.models.zoo import VOCAB, ZOO
 
@@ -104,7 +105,7 @@ def talk(template: str, wishes: list[list[list[int]]], steps: int) -> list[list[
 
 
 def test_turns_alternate_whoever_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_module, "_LONGEST", 4)
+    monkeypatch.setattr(chats_module, "_LONGEST", 4)
     ends, runs_away, strange = talk(
         MARKED,
         [
@@ -120,7 +121,7 @@ def test_turns_alternate_whoever_ends_them(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_turns_that_words_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_module, "_LONGEST", 4)
+    monkeypatch.setattr(chats_module, "_LONGEST", 4)
     (written,) = talk(BRACKETS, [[[20], [8], [21], [END], [22]]], 9)
     assert written == [20, 8, 21, END, 7, 20, 8, 21, END]
     (written,) = talk(WORDS, [[[20], [8], [21], [8], [4], [22]]], 8)

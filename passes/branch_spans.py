@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import networkx as nx
-from skipc.passes.classify import is_heavy, module_paths
+from skipc.passes.classify import dominators, is_heavy, module_paths
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.ops import same_sizes, tensor
 from skipc.passes.residual import Junction, Term
@@ -28,8 +28,10 @@ class Span:
 class Spans:
     """The spans of the branches of one graph."""
 
-    def __init__(self, flow: Dataflow):
+    def __init__(self, flow: Dataflow, junctions: Iterable[Junction]):
         self.flow = flow
+        names = [t.name.split("#") for j in junctions for t in j.terms]
+        self.shared = {name for name, *again in names if again}  # modules that run several times
         self.paths = {n: module_paths(n) for n in flow.nodes}
         calls = [n for n in flow.nodes if n.op.startswith("call")]
         self.last = {path: n for n in calls for path in self.paths[n]}  # of the nodes of a module
@@ -40,6 +42,8 @@ class Spans:
         point, read = junction.point, _read(term, junction.point, self.flow)
         made = next((n for n in reversed(term.branch) if term.name in self.paths[n]), None)
         value = tensor(point)
+        if term.name.split("#")[0] in self.shared:
+            return None
         if made is None or value is None or value.dim() < 2 or not isinstance(value.shape[-1], int):
             return None
         for other in map(tensor, (made, read)):
@@ -57,20 +61,20 @@ class Spans:
 
 def _read(term: Term, point: fx.Node, flow: Dataflow) -> fx.Node:
     """The last value that everything heavy in a branch is made of."""
-    inside = {*term.branch, point}
-    graph = nx.DiGraph([(s, n) for n in term.branch for s in flow.sources[n] if s in inside])
-    dominators = nx.immediate_dominators(graph, point)
-    chains = []
-    for node in term.branch:
-        if is_heavy(node) and node in dominators:
-            chain = []
-            while node is not point:
-                node = dominators[node]
-                chain.append(node)
-            chains.append(chain)
-    common = set(chains[0]).intersection(*chains[1:]) if chains else {point}
+    above = dominators(term.branch, point, flow)
+    chains = [_chain(node, point, above) for node in term.branch if is_heavy(node) and node in above]
+    common = set.intersection(*map(set, chains)) if chains else {point}
     value = tensor(point)
     alike = [
         n for n in common if (t := tensor(n)) is not None and value is not None and same_sizes(t.shape, value.shape)
     ]
     return max(alike, key=flow.order.__getitem__, default=point)
+
+
+def _chain(node: fx.Node, start: fx.Node, above: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """The nodes that everything on the way from ``start`` to ``node`` goes through."""
+    chain = []
+    while node is not start:
+        node = above[node]
+        chain.append(node)
+    return chain
