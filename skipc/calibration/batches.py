@@ -186,7 +186,12 @@ def result_of(output: Any) -> torch.Tensor:
 
 
 def valid_rows(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """``[batch, tokens, ...]`` as fp32 ``[valid tokens, ...]``."""
-    rows = values.flatten(0, -2).float()
+    """``[batch, tokens, ...]`` as ``[valid tokens, ...]``, in fp32."""
+    return own_rows(values, batch).float()
+
+
+def own_rows(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The same in its own dtype."""
+    rows = values.flatten(0, -2)
     mask = batch.mask_of(len(rows))
     return rows if mask is None else rows[mask]

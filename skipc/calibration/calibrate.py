@@ -59,8 +59,8 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(read=8, fitted=8, steps=16, judged=12, rounds=5, chats=10),
-    "thorough": Effort(read=48, fitted=24, steps=240, judged=32, rounds=12, chats=96),
+    "quick": Effort(read=8, fitted=24, steps=16, judged=12, rounds=5, chats=10),
+    "thorough": Effort(read=48, fitted=72, steps=240, judged=32, rounds=12, chats=96),
 }
 
 

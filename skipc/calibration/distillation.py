@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from skipc.calibration.batches import Batch, call_on, device_of, in_half, result_of, valid_rows
+from skipc.calibration.batches import Batch, call_on, device_of, in_half, own_rows, result_of
 from skipc.ir.errors import PlanError
 from skipc.ir.plan import Plan
 
 _WARM = 0.1  # of the steps, in which the rate rises
 _LAST = 0.05  # of the rate, at the end
+_ROWS = 16  # of logits at a time
 
 
 def distill(
@@ -67,10 +67,33 @@ def distill(
 def divergence(truth: Any, found: Any, batch: Batch) -> torch.Tensor:
     """How far a model's results are from the truth, mean over valid tokens: the Kullback-Leibler divergence of its
     distribution of the next token, in nats; of hidden states, their squared distance, relative to the truth's."""
-    a, b = valid_rows(result_of(truth), batch), valid_rows(result_of(found), batch)
+    a, b = own_rows(result_of(truth), batch), own_rows(result_of(found), batch)
     if isinstance(getattr(truth, "logits", None), torch.Tensor):
-        return F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
+        return _Divergence.apply(b, a)
+    a, b = a.float(), b.float()
     return (a - b).pow(2).sum() / a.pow(2).sum()
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean of rows' KL(truth || found), from logits. Some rows at a time, which stay in the cache, where torch's own
+    operations would each go through memory for all of ``[tokens, vocabulary]`` in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        slope = torch.empty_like(found)
+        sums = []
+        for b, a, s in zip(found.split(_ROWS), truth.split(_ROWS), slope.split(_ROWS), strict=True):
+            log_b, log_a = b.float().log_softmax(-1), a.float().log_softmax(-1)
+            share = log_a.exp()
+            sums.append(log_a.sub_(log_b).mul_(share).sum())
+            s.copy_(log_b.exp_().sub_(share))
+        ctx.save_for_backward(slope)
+        return torch.stack(sums).sum() / len(found)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (slope,) = ctx.saved_tensors
+        return slope * (grad / len(slope)), None
 
 
 def _share(step: int, steps: int) -> float:

@@ -30,7 +30,7 @@ def fit_plan(
     batches: Sequence[Batch],
     sites: Iterable[Site],
     actions: Mapping[str, Action],
-    groups: int = 6,
+    groups: int = 2,
     ridge: float = 1e-3,
     orders: Mapping[str, Elimination] | None = None,
     metrics: Mapping[str, torch.Tensor] | None = None,

@@ -134,10 +134,13 @@ def eliminate(moments: torch.Tensor, columns: torch.Tensor, ridge: float = 1e-3,
 
 
 def refit(moments: torch.Tensor, columns: torch.Tensor, kept: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
-    """The next layer's weight for the kept neurons alone, ``[out, kept]``, nearest to what all of them give."""
-    moments = moments.double()
-    right = moments[kept] @ columns.double().T
-    return torch.linalg.solve(ridged(moments[kept][:, kept], ridge), right).T.to(columns.dtype).contiguous()
+    """The next layer's weight for the kept neurons alone, ``[out, kept]``, nearest to what all of them give; ``ridge``
+    is on how far it is from what it was, so that directions that the moments know little of stay as they are."""
+    moments, weight = moments.double(), columns.double().T
+    gone = torch.ones(len(moments), dtype=torch.bool)
+    gone[kept] = False
+    change = torch.linalg.solve(ridged(moments[kept][:, kept], ridge), moments[kept][:, gone] @ weight[gone])
+    return (weight[kept] + change).T.to(columns.dtype).contiguous()
 
 
 def ridged(moments: torch.Tensor, ridge: float) -> torch.Tensor:

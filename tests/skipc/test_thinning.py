@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from skipc.passes.hidden_layers import hidden_layer
 
 import skipc
-from skipc.calibration.batches import batches_of, call_on, hooked, result_of
+from skipc.calibration.batches import Batch, batches_of, call_on, hooked, result_of
 from skipc.calibration.distillation import distill, divergence
 from skipc.calibration.fitting import fit_plan
 from skipc.calibration.thinning import SecondMoments, eliminate, hidden_layers, refit
@@ -135,6 +137,36 @@ def test_what_cannot_be_fitted_is_refused_by_name() -> None:
         fit_plan(llama, [], sites, {"model.layers.0.mlp": Action("thin", 64)})
     with pytest.raises(skipc.PlanError, match="no weights to train"):
         distill(llama, skipc.Plan({"model.layers.0.mlp"}), batches_of(llama, [ids()]), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.enable_grad()
+def test_divergence_and_its_slope_are_those_of_torch(dtype: torch.dtype) -> None:
+    """With padding, over a number of rows that no stretch of them divides."""
+    generator = torch.Generator().manual_seed(0)
+    truth, found = (torch.randn(3, 17, 501, generator=generator).to(dtype) * 3 for _ in range(2))
+    mask = torch.ones(3, 17, dtype=torch.int64)
+    mask[1, 5:] = 0
+    batch = Batch({"input_ids": torch.zeros_like(mask), "attention_mask": mask})
+
+    def both(found: torch.Tensor, measure: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found = found.clone().requires_grad_()
+        value = measure(found)
+        return value.detach(), torch.autograd.grad(2 * value, found)[0]
+
+    value, slope = both(found, lambda f: divergence(SimpleNamespace(logits=truth), SimpleNamespace(logits=f), batch))
+    valid = mask.bool()
+    expected, expected_slope = both(
+        found.double(),
+        lambda f: F.kl_div(
+            f[valid].log_softmax(-1), truth.double()[valid].log_softmax(-1), log_target=True, reduction="batchmean"
+        ),
+    )
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    assert slope.dtype == dtype
+    most = float(expected_slope.abs().max())
+    assert float((slope - expected_slope).abs().max()) < most * (1e-5 if dtype == torch.float32 else 1e-2)
+    assert not slope[~valid].any()
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
