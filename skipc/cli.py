@@ -71,7 +71,7 @@ def explain(model: str, program: bool, profile: Path | None, as_json: bool) -> N
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the profile and its report.")
 @click.option("--effort", type=click.Choice(["quick", "thorough"]), default="quick", show_default=True)
 @click.option(
-    "--removal", "removals", type=float, multiple=True, default=[0.1, 0.2, 0.33], show_default=True,
+    "--removal", "removals", type=float, multiple=True, default=[0.05, 0.1, 0.2, 0.33], show_default=True,
     help="Share of the sublayers' time to save; one plan for each.",
 )  # fmt: skip
 @click.option("--phase", type=click.Choice(["prefill", "decode"]), help="Calls to save time in; decode, if it can.")

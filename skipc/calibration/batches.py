@@ -120,6 +120,7 @@ def reading(source: Source, site: str, seen: dict[str, tuple[torch.Tensor, torch
     return hook
 
 
+# Of a module, what it was given, by position and then by keyword, and what it made; a result takes that one's place.
 Hook = Callable[[torch.nn.Module, Any, Any], Any]
 
 
@@ -128,11 +129,15 @@ def hooked(hooks: Iterable[tuple[torch.nn.Module, Hook]]) -> Iterator[None]:
     """Have these functions called behind these modules, while the block runs."""
     handles: list[Any] = []
     try:
-        handles += [module.register_forward_hook(hook) for module, hook in hooks]
+        handles += [module.register_forward_hook(_seeing_all(hook), with_kwargs=True) for module, hook in hooks]
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _seeing_all(hook: Hook) -> Callable[..., Any]:
+    return lambda module, args, kwargs, output: hook(module, (*args, *kwargs.values()), output)
 
 
 def first_of(output: Any) -> torch.Tensor:

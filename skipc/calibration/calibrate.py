@@ -59,8 +59,8 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(read=8, fitted=24, steps=16, judged=12, rounds=5, chats=10),
-    "thorough": Effort(read=48, fitted=72, steps=240, judged=32, rounds=12, chats=96),
+    "quick": Effort(read=8, fitted=16, steps=12, judged=12, rounds=5, chats=10),
+    "thorough": Effort(read=48, fitted=72, steps=180, judged=32, rounds=12, chats=96),
 }
 
 
@@ -71,7 +71,7 @@ def calibrate(
     tokenizer: Any = None,
     held_out: Iterable[Any] | None = None,
     effort: Literal["quick", "thorough"] = "quick",
-    removals: Sequence[float] = (0.1, 0.2, 0.33),
+    removals: Sequence[float] = (0.05, 0.1, 0.2, 0.33),
     phase: Phase | None = None,
     batch: int = 1,
     length: int = 1,

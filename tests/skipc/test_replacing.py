@@ -14,6 +14,7 @@ from skipc.calibration.curvature import Curvatures, metric_of
 from skipc.calibration.distillation import divergence
 from skipc.calibration.fitting import fit_plan
 from skipc.calibration.replacing import Moments, SiteMoments, fit
+from skipc.calibration.thinning import token_scale
 from skipc.ir.plan import Action
 from skipc.ir.replacement import Affine, LowRank
 from skipc.ir.site import Source
@@ -145,6 +146,24 @@ def test_padding_has_no_say() -> None:
     assert len(found[0]) == len(sources) == 4
     for name in sources:
         torch.testing.assert_close(found[0][name].crossed, found[1][name].crossed)
+
+
+def test_what_a_norm_is_given_by_keyword_is_seen() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mlp = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.mlp(self.norm(input=x))
+
+    model, x = Block(), torch.randn(3, 8)
+    moments = SiteMoments({"mlp": Source("norm", True, 8)})
+    (batch,) = batches_of(model, [x])
+    with torch.no_grad(), hooked(moments.hooks(model, batch)):
+        call_on(model, batch)
+    weight = token_scale(model.mlp(model.norm(x)), batch)
+    torch.testing.assert_close(moments.found["mlp"].channels[0], (x * weight**2).sum(0))
 
 
 def test_prices_of_maps_rank_what_they_cost() -> None:
