@@ -1,14 +1,17 @@
-"""The hidden layer of an MLP: whose neurons can be left out one by one."""
+"""What can be left out of a sublayer one by one: neurons of an MLP, groups of heads of an attention."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from skipc.passes.ops import is_parameter_like, op_name, tensor, tensors
+import torch
+from skipc.passes.attention_forms import read_attention
+from skipc.passes.ops import is_parameter_like, op_name, same_sizes, tensor, tensors
+from skipc.passes.residual import Term
 from skipc.passes.substitute_weights import weight_name
 from torch import fx
 
-from skipc.ir.site import HiddenLayer
+from skipc.ir.site import HiddenLayer, SiteKind
 
 # Each element of the result is made of the elements at the same place.
 _ELEMENTWISE = frozenset(
@@ -17,9 +20,54 @@ _ELEMENTWISE = frozenset(
 )  # fmt: skip
 
 
-def hidden_layer(branch: Sequence[fx.Node]) -> HiddenLayer | None:
-    """The hidden layer of an MLP's branch; None unless it is plain linear layers, then what treats each neuron by
-    itself, then one linear layer, with weights that nobody else reads."""
+def hidden_layer(term: Term) -> HiddenLayer | None:
+    """What can be left out of a branch one by one; None if nothing can."""
+    if term.kind is SiteKind.MLP:
+        return _neurons(term.branch)
+    return _groups_of_heads(term.branch) if term.kind is SiteKind.ATTENTION else None
+
+
+def _groups_of_heads(branch: Sequence[fx.Node]) -> HiddenLayer | None:
+    """The heads of keys and values of one attention, each with its heads of queries; None unless queries, keys, values
+    and the output are made by linear layers, with weights that nobody else reads. (Whether heads lie in these as they
+    do in most models is not seen here; calibration tries it.)"""
+    linears, found = [n for n in branch if op_name(n) == "linear"], [h for n in branch if (h := _heads(n)) is not None]
+    if len(linears) != 4 or len(found) != 1:
+        return None
+    *first, last = linears
+    (query, key, value), into = found[0], tensor(last.args[0])
+    heads, width = query.shape[1], key.shape[1]
+    size, weight = heads // width * value.shape[3], _own_weight(last, 1)
+    rows = [(name, 1) for n in first for at in (1, 2) if _argument(n, at) is not None if (name := _own_weight(n, at))]
+    if weight is None or into is None or into.shape[-1] != width * size or width < 2:
+        return None
+    made = sorted(tensor(n).shape[-1] for n in first)  # type: ignore[union-attr]
+    if made != sorted([heads * query.shape[3], width * key.shape[3], width * value.shape[3]]):
+        return None
+    if len(rows) != sum(_argument(n, at) is not None for n in first for at in (1, 2)):
+        return None
+    return HiddenLayer(width, tuple(rows), weight, size)
+
+
+def _heads(node: fx.Node) -> tuple[torch.Tensor, ...] | None:
+    """Queries, keys and values of an attention, ``[batch, heads, tokens, channels]`` each; None if heads have biases of
+    their own."""
+    if node.target is torch.ops.skipc.grouped_attention.default:
+        *parts, mask = node.args[:4]
+    else:
+        found = read_attention(node)
+        if found is None:
+            return None
+        parts, mask = [found.query, found.key, found.value], found.mask
+    bias = tensor(mask)
+    if bias is not None and bias.dim() > 2 and not same_sizes(bias.shape[-3:-2], (1,)):
+        return None
+    return tuple(value for part in parts if (value := tensor(part)) is not None)
+
+
+def _neurons(branch: Sequence[fx.Node]) -> HiddenLayer | None:
+    """The neurons of an MLP; None unless it is plain linear layers, then what treats each neuron by itself, then one
+    linear layer, with weights that nobody else reads."""
     linears = [n for n in branch if op_name(n) == "linear"]
     if len(linears) < 2:
         return None

@@ -12,8 +12,6 @@ from skipc.passes.ops import is_parameter_like, op_name, tensor
 from skipc.passes.residual import Streams
 from torch import fx
 
-from skipc.ir.site import SiteKind
-
 BATCH, TOKENS, CONTEXT = sympy.symbols("B T C", positive=True, integer=True)
 
 
@@ -28,7 +26,7 @@ class Work:
             are attended to, those of the call included.
         cached: numbers in the keys and values of the context.
         width: of the stream.
-        neurons: of an MLP that can be made thinner, else 0.
+        neurons: of an MLP that can be made thinner; of an attention, groups of heads; else 0.
     """
 
     weights: int
@@ -52,7 +50,7 @@ def site_work(streams: Streams) -> dict[str, Work]:
             sizes[_expression(point.shape[1])] = TOKENS
         names = {size: symbol for size, symbol in sizes.items() if isinstance(size, sympy.Symbol)}
         for term in junction.terms:
-            hidden = hidden_layer(term.branch) if term.kind is SiteKind.MLP else None
+            hidden = hidden_layer(term)
             width = point.shape[-1] if isinstance(point.shape[-1], int) else 0
             found[term.name] = _work(term.branch, names, known, width, hidden.width if hidden is not None else 0)
     return found

@@ -253,7 +253,7 @@ class Outline:
                         effect_nodes=slice_size,
                         effects=tuple(map(_written_name, writes)),
                         returned=len(returned),
-                        hidden=hidden_layer(term.branch) if term.kind is SiteKind.MLP else None,
+                        hidden=hidden_layer(term),
                         source=span.source if span is not None else None,
                         dtype=str(stream.dtype).removeprefix("torch.") if stream is not None else "",
                     )

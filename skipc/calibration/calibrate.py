@@ -205,7 +205,7 @@ class _Calibration:
                 if name in layers:
                     layer, curvature = layers[name], sums.found.pop(name)
                     columns = curvature.metric(sums.tokens) @ self.model.get_parameter(layer.columns).detach().double()
-                    made = eliminate(curvature.inputs, columns, least=min(self._widths(layer)))
+                    made = eliminate(curvature.inputs, columns, least=min(self._widths(layer)), size=layer.size)
                     orders[name] = {"order": made.order, "costs": made.costs, "total": made.total}
         return {"losses": losses, "orders": orders, "errors": errors, "metrics": metrics}
 
@@ -226,13 +226,13 @@ class _Calibration:
         if source is not None:
             numbers += 4 * source.width**2
         if name in self.layers:
-            numbers += self.layers[name].width ** 2 + self.model.get_parameter(self.layers[name].columns).shape[0] ** 2
+            numbers += sum(n**2 for n in self.model.get_parameter(self.layers[name].columns).shape)
         return 4 * numbers
 
     @staticmethod
     def _widths(layer: HiddenLayer) -> list[int]:
-        """Widths that an MLP may have, besides its own."""
-        step = 32 if layer.width >= 512 else 4
+        """Widths that an MLP, and numbers of groups that an attention, may have, besides its own."""
+        step = 32 if layer.width >= 512 else 4 if layer.size == 1 else 1
         made = {round(layer.width * k / _PARTS / step) * step for k in range(1, _PARTS)}
         return sorted(w for w in made if 0 < w < layer.width)
 

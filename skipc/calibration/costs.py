@@ -171,7 +171,7 @@ class CostModel:
             values[f"overhead of {self.kinds[site]}"] = 1.0
             values["weights"] = work.weights * self.size * share
             values["products"] = float(products) * share
-            values["attention"], values["cache"] = float(attention), float(cached) * self.size
+            values["attention"], values["cache"] = float(attention) * share, float(cached) * self.size * share
         elif action.kind != "skip":
             numbers = (2 * action.size + 1) * work.width
             values["overhead of replacement"] = 1.0

@@ -71,10 +71,11 @@ def fit_plan(
     parameters = {p for layer in layers.values() for p in (layer.columns, *(r for r, _ in layer.rows))}
     weights = {n: v for n, v in start.weights.items() if n in parameters}
     replace = {n: r for n, r in start.replace.items() if n in sources and Action.of(r) == actions[n]}
-    now = {name: parameter(model, layer.columns, weights).shape[1] for name, layer in layers.items()}
-    for name in layers:
+    now = {name: parameter(model, layer.columns, weights).shape[1] // layer.size for name, layer in layers.items()}
+    for name, layer in layers.items():
         if not 1 <= actions[name].size <= now[name]:
-            raise PlanError(f"{name} has {now[name]} neurons, of which 1 or more are kept, not {actions[name].size}")
+            what = "neurons" if layer.size == 1 else "groups of heads"
+            raise PlanError(f"{name} has {now[name]} {what}, of which 1 or more are kept, not {actions[name].size}")
     for name, source in sources.items():
         if actions[name].kind == "lowrank" and not 1 <= actions[name].size <= source.width:
             raise PlanError(f"{name} is of width {source.width}, so a rank of {actions[name].size} makes no sense")
@@ -104,6 +105,7 @@ def fit_plan(
             if orders is not None and name in orders:
                 kept = torch.searchsorted(orders[name].kept(now[name]), orders[name].kept(width))
             else:
-                kept = eliminate(moments, columns, ridge, least=width).kept(width)
-            weights |= thin_weights(model, layer, kept, refit(moments, columns, kept, ridge), weights)
+                kept = eliminate(moments, columns, ridge, width, layer.size).kept(width)
+            fitted = refit(moments, columns, layer.channels(kept), ridge)
+            weights |= thin_weights(model, layer, kept, fitted, weights)
     return Plan(skip, weights, kv=kv, replace=replace)

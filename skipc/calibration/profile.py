@@ -39,7 +39,8 @@ class SiteFacts:
         loss: nats per token that leaving it out costs, as its gradients tell; None where that was not asked.
         similarity: mean cosine of the stream before and after, by phase.
         scale: mean ratio of their norms, by phase.
-        widths: neurons that an MLP may keep, and the nats per token that each costs.
+        widths: neurons that an MLP may keep, or groups of heads that an attention may, and the nats per token that each
+            costs.
         ranks: of linear maps in its place, and the nats per token that each costs.
         source: what such maps read; None if there can be none.
     """

@@ -52,21 +52,27 @@ def sample_calls(subject: Subject, regime: Regime, kv: KVPolicy | None, rounds: 
 
 def timed_plans(subject: Subject, kv: KVPolicy | None) -> tuple[dict[str, Plan | None], dict[str, dict[str, Action]]]:
     """Plans whose times tell what each kind of site takes, and what they do with each site: all run, none of a kind,
-    half of the sites of a kind, MLPs of half their width, and all that can be replaced."""
+    half of the sites of a kind, MLPs of half their width, attentions of half their heads, and all that can be
+    replaced."""
     plans: dict[str, Plan | None] = {"whole": None}
     actions: dict[str, dict[str, Action]] = {"whole": {}}
     for kind in sorted({s.kind.value for s in subject.sites.values()}):
         names = [n for n, s in subject.sites.items() if s.kind.value == kind]
         for label, some in ((f"no {kind}", names), (f"half {kind}", names[::2])):
             plans[label], actions[label] = Plan(some, kv=kv), dict.fromkeys(some, SKIP)
-    if subject.layers:
-        weights: dict[str, torch.Tensor] = {}
-        for layer in subject.layers.values():
-            half = torch.arange(layer.width // 2)
-            columns = subject.model.get_parameter(layer.columns).detach()[:, half]
-            weights |= thin_weights(subject.model, layer, half, columns)
-        plans["thin"] = Plan((), weights)
-        actions["thin"] = {n: Action("thin", layer.width // 2) for n, layer in subject.layers.items()}
+    layers = subject.layers
+    for label, some in (
+        ("thin", {n: layer for n, layer in layers.items() if layer.size == 1}),
+        ("fewer heads", {n: layer for n, layer in layers.items() if layer.size > 1}),
+    ):
+        if some:
+            weights: dict[str, torch.Tensor] = {}
+            for layer in some.values():
+                half = torch.arange(layer.width // 2)
+                columns = subject.model.get_parameter(layer.columns).detach()[:, layer.channels(half)]
+                weights |= thin_weights(subject.model, layer, half, columns)
+            plans[label] = Plan((), weights)
+            actions[label] = {n: Action("thin", layer.width // 2) for n, layer in some.items()}
     sources = {n: s.source for n, s in subject.free.items() if s.source is not None}
     if sources:
         zeros = {

@@ -17,6 +17,7 @@ from skipc.calibration.checkpoint import bytes_of, checkpoint_digest, digests_of
 from skipc.calibration.costs import Regime
 from skipc.calibration.judging import is_causal
 from skipc.calibration.text import calibration_windows
+from skipc.calibration.thinning import drops_groups
 from skipc.explanation import find_sites
 from skipc.ir.errors import PlanError, UnknownSiteError
 from skipc.ir.site import HiddenLayer, Site
@@ -49,7 +50,7 @@ class Subject:
         decodes: whether the model generates text token by token.
         sites: all of them, by name, in order of execution.
         free: those that may be changed.
-        layers: hidden layers of the MLPs among those.
+        layers: of those, neurons of MLPs and groups of heads of attentions.
         digests: of the parameters, by name.
     """
 
@@ -85,6 +86,7 @@ class Subject:
         self.decodes = causal and hasattr(model, "config") and not getattr(model.config, "is_encoder_decoder", False)
         self.sites: dict[str, Site] = {s.name: s for s in find_sites(model, **self.given[0].inputs).sites}
         self.free = dict(self.sites)
+        self._drops: bool | None = None  # whether eager runs with fewer heads
 
     def _default_text(self, tokenizer: Any, windows: int, seed: int, count: int) -> None:
         given, judged = calibration_windows(tokenizer, _TOKENS, windows, seed)
@@ -168,8 +170,12 @@ class Subject:
 
     @property
     def layers(self) -> dict[str, HiddenLayer]:
-        """Hidden layers of the MLPs that may be changed."""
-        return {n: s.hidden for n, s in self.free.items() if s.hidden is not None}
+        """Of the sites that may be changed, what can be left out of them one by one."""
+        found = {n: s.hidden for n, s in self.free.items() if s.hidden is not None}
+        grouped = {n: layer for n, layer in found.items() if layer.size > 1}
+        if self._drops is None and grouped:
+            self._drops = drops_groups(self.model, self.given[0], grouped)
+        return {n: layer for n, layer in found.items() if layer.size == 1 or self._drops}
 
     def regime(self, phase: Phase | None, batch: int, length: int, cache: int) -> Regime:
         """Calls of a kind; by default decode steps, and calls like the given ones where the model does not decode."""

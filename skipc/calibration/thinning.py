@@ -8,17 +8,22 @@ Stork 1993; by whole structures, as in ZipLM, arXiv 2302.04089, section 3.1). Th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from skipc.calibration.batches import Batch, Hook
+from skipc.calibration.batches import Batch, Hook, call_on, result_of
 from skipc.ir.errors import PlanError, UnknownSiteError
+from skipc.ir.plan import Plan
 from skipc.ir.site import HiddenLayer, Site
 
+log = logging.getLogger("skipc")
+
 _STRETCH = 64  # neurons that leave before matrices shrink
+_ALIKE = 0.02  # relative difference, of bf16, of results that are the same
 
 
 class SecondMoments:
@@ -94,8 +99,10 @@ class Elimination:
         return float(self.costs[: len(self.costs) - width].sum())
 
 
-def eliminate(moments: torch.Tensor, columns: torch.Tensor, ridge: float = 1e-3, least: int = 0) -> Elimination:
-    """The order in which neurons leave.
+def eliminate(
+    moments: torch.Tensor, columns: torch.Tensor, ridge: float = 1e-3, least: int = 0, size: int = 1
+) -> Elimination:
+    """The order in which neurons, or groups of ``size`` of them, leave.
 
     Args:
         moments: ``[width, width]``, see :class:`SecondMoments`.
@@ -106,6 +113,8 @@ def eliminate(moments: torch.Tensor, columns: torch.Tensor, ridge: float = 1e-3,
     moments = moments.double()
     weight = columns.double().T.clone()
     total = float((weight * (moments @ weight)).sum())
+    if size > 1:
+        return _eliminate_groups(ridged(moments, ridge), weight, total, size)
     inverse = torch.linalg.inv(ridged(moments, ridge))
     names = torch.arange(len(moments))
     gone = torch.zeros(len(moments), dtype=torch.bool)
@@ -133,6 +142,24 @@ def eliminate(moments: torch.Tensor, columns: torch.Tensor, ridge: float = 1e-3,
     )
 
 
+def _eliminate_groups(moments: torch.Tensor, weight: torch.Tensor, total: float, size: int) -> Elimination:
+    """The same for groups, few enough to compute anew what is left: of ``|W_G|^2`` in the metric of ``((H^-1)_GG)^-1``.
+    The last one goes for what the layer still makes."""
+    left, order, costs = list(range(len(moments) // size)), [], []
+    while left:
+        at = torch.cat([torch.arange(g * size, (g + 1) * size) for g in left])
+        own = moments[at][:, at]
+        inverse = torch.linalg.inv(own)
+        parts = [slice(i * size, (i + 1) * size) for i in range(len(left))]
+        prices = [float((weight[p] * torch.linalg.solve(inverse[p, p], weight[p])).sum()) for p in parts]
+        i = min(range(len(left)), key=prices.__getitem__)
+        order.append(left.pop(i))
+        costs.append(prices[i])
+        weight = weight - inverse[:, parts[i]] @ torch.linalg.solve(inverse[parts[i], parts[i]], weight[parts[i]])
+        weight = torch.cat([weight[p] for j, p in enumerate(parts) if j != i]) if left else weight[:0]
+    return Elimination(torch.tensor(order), torch.tensor(costs, dtype=torch.float64) / max(total, 1e-300), total)
+
+
 def refit(moments: torch.Tensor, columns: torch.Tensor, kept: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
     """The next layer's weight for the kept neurons alone, ``[out, kept]``, nearest to what all of them give; ``ridge``
     is on how far it is from what it was, so that directions that the moments know little of stay as they are."""
@@ -155,18 +182,39 @@ def thin_weights(
     columns: torch.Tensor,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The parameters of an MLP with the ``kept`` neurons of those it has in ``weights`` (else in the model), and
-    ``columns`` for the layer behind them."""
+    """The parameters of a sublayer with the ``kept`` neurons, or groups of heads, of those it has in ``weights`` (else
+    in the model), and ``columns`` for the layer behind them."""
+    width = parameter(model, layer.columns, weights).shape[1] // layer.size
     made = {layer.columns: columns}
     for name, times in layer.rows:
         value = parameter(model, name, weights)
-        made[name] = torch.cat([part[kept] for part in value.chunk(times)])
+        made[name] = torch.cat([part.unflatten(0, (width, -1))[kept].flatten(0, 1) for part in value.chunk(times)])
     return made
 
 
 def parameter(model: torch.nn.Module, name: str, weights: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
     """The parameter of this name, in ``weights`` or else in the model."""
     return weights[name] if weights is not None and name in weights else model.get_parameter(name).detach()
+
+
+@torch.no_grad()
+def drops_groups(model: torch.nn.Module, batch: Batch, layers: Mapping[str, HiddenLayer]) -> bool:
+    """Whether attentions without their first group of heads give, in eager, what they do when the layer behind them
+    makes nothing of that group: heads lie in all their weights as :class:`HiddenLayer` says."""
+    thin: dict[str, torch.Tensor] = {}
+    deaf: dict[str, torch.Tensor] = {}
+    for layer in layers.values():
+        kept, columns = torch.arange(1, layer.width), model.get_parameter(layer.columns).detach()
+        thin |= thin_weights(model, layer, kept, columns[:, layer.channels(kept)])
+        deaf[layer.columns] = columns.clone()
+        deaf[layer.columns][:, : layer.size] = 0
+    try:
+        found = result_of(call_on(model, batch, Plan(weights=thin)))
+    except Exception as error:  # whatever the model's own code says to weights of other shapes
+        log.info("attention keeps all its heads: %s", error)
+        return False
+    truth = result_of(call_on(model, batch, Plan(weights=deaf)))
+    return float((found - truth).float().norm()) < _ALIKE * float(truth.float().norm())
 
 
 def hidden_layers(sites: Iterable[Site], names: Iterable[str]) -> dict[str, HiddenLayer]:
@@ -183,6 +231,6 @@ def hidden_layers(sites: Iterable[Site], names: Iterable[str]) -> dict[str, Hidd
             raise UnknownSiteError(name, list(known))
         if known[name] is None:
             raise PlanError(
-                f"{name} cannot be made thinner: it is no MLP of plain linear layers with their own weights"
+                f"{name} cannot be made thinner: it is made of more than plain linear layers with their own weights"
             )
     return {name: layer for name, layer in known.items() if name in wanted and layer is not None}

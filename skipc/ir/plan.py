@@ -20,9 +20,10 @@ class Action:
     """What a plan does with a site.
 
     Attributes:
-        kind: ``run`` (as it is), ``thin`` (an MLP of fewer neurons), ``lowrank``, ``affine`` or ``scale`` (see
-            :class:`LowRank` and :class:`Affine`, of which ``scale`` has one number and no shift), or ``skip``.
-        size: neurons of a thin MLP; rank of a map of low rank.
+        kind: ``run`` (as it is), ``thin`` (an MLP of fewer neurons, an attention of fewer groups of heads),
+            ``lowrank``, ``affine`` or ``scale`` (see :class:`LowRank` and :class:`Affine`, of which ``scale`` has one
+            number and no shift), or ``skip``.
+        size: neurons of a thin MLP, groups of a thin attention; rank of a map of low rank.
     """
 
     kind: ActionKind = "run"
@@ -73,7 +74,9 @@ class Plan:
     """Sites to skip, and weights to run with in the place of the model's, on any compiled program of the checkpoint.
 
     Weights may have other shapes than those that they replace, as long as what leaves their sublayer has not: an MLP
-    with fewer neurons is ``gate`` and ``up`` of fewer rows and ``down`` of fewer columns. New shapes are compiled once.
+    with fewer neurons is ``gate`` and ``up`` of fewer rows and ``down`` of fewer columns; an attention with fewer heads
+    leaves the rest of its cache as it is, from which only calls under the same plan can go on. New shapes are compiled
+    once.
 
     Args:
         skip: names of sites.

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+import torch
+
 
 class SiteKind(StrEnum):
     """What a sublayer computes, judged by its operations."""
@@ -63,18 +65,26 @@ _REASON_TEXT = {
 
 @dataclass(frozen=True)
 class HiddenLayer:
-    """The neurons of an MLP, and the parameters that hold something of each of them.
+    """What a sublayer can have fewer of, and the parameters that hold something of each: the neurons of an MLP, or the
+    groups of heads of an attention that share a head of keys and values.
 
     Attributes:
         width: how many there are.
-        rows: names of parameters with a row (or a number) for each neuron, and how many such stretches follow one
-            another in it: 2 where one layer makes both halves of a gated MLP.
-        columns: name of the weight with a column for each neuron.
+        rows: names of parameters with a row (or a number) for each neuron, or as many for each group as its heads have
+            channels, and how many such stretches follow one another in it: 2 where one layer makes both halves of a
+            gated MLP.
+        columns: name of the weight with ``size`` columns for each of them.
+        size: 1 for a neuron; for a group, the channels of its heads.
     """
 
     width: int
     rows: tuple[tuple[str, int], ...]
     columns: str
+    size: int = 1
+
+    def channels(self, kept: torch.Tensor) -> torch.Tensor:
+        """The columns of those that are ``kept``: int64 ``[kept * size]``."""
+        return (kept[:, None] * self.size + torch.arange(self.size)).flatten()
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class Site:
     effect_nodes: int  # operations that a skipped site still runs under kv="project"
     effects: tuple[str, ...]  # cache inputs that the site writes in place
     returned: int  # values of the site that the caller keeps (growing caches)
-    hidden: HiddenLayer | None = None  # of an MLP of plain linear layers
+    hidden: HiddenLayer | None = None  # of an MLP or an attention of plain linear layers
     source: Source | None = None  # of which a replacement can be made; None if it cannot
     dtype: str = ""  # of the stream: "float32"
 

@@ -44,6 +44,26 @@ def test_each_step_takes_the_neuron_that_costs_least() -> None:
         assert float((h @ columns.T - h[:, kept] @ refitted.T).pow(2).sum()) == pytest.approx(prices[j], rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_each_step_takes_the_group_that_costs_least(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    h = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    h = h @ torch.randn(12, 12, generator=generator).double()
+    columns = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    found = eliminate(h.T @ h, columns, ridge=0, size=size)
+    left = list(range(12 // size))
+
+    def price(groups: list[int]) -> float:
+        return error(h, columns, [g * size + i for g in groups for i in range(size)])
+
+    for j in found.order.tolist():
+        prices = {k: price([g for g in left if g != k]) for k in left}
+        assert prices[j] == pytest.approx(min(prices.values()), rel=1e-6)
+        left.remove(j)
+        assert found.kept(len(left)).tolist() == left
+        assert found.error(len(left)) * found.total == pytest.approx(prices[j], rel=1e-6)
+
+
 def test_dead_and_double_neurons_cost_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(500, 100, generator=generator)
@@ -59,8 +79,9 @@ def test_dead_and_double_neurons_cost_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "bert", "t5", "hand_written"])
 @torch.no_grad()
-def test_an_mlp_with_double_neurons_gets_rid_of_them(name: str) -> None:
-    """Every neuron twice, of which the plan keeps half: the same results, in eager and compiled."""
+def test_double_neurons_and_heads_leave(name: str) -> None:
+    """Every neuron, and every group of heads, twice, of which the plan keeps half: the same results, in eager and
+    compiled."""
     torch._dynamo.reset()
     model, inputs = ZOO[name].build(), ZOO[name].inputs()
     sites = skipc.find_sites(model, **inputs).sites
@@ -70,6 +91,7 @@ def test_an_mlp_with_double_neurons_gets_rid_of_them(name: str) -> None:
         for path, times in layer.rows:
             value = model.get_parameter(path)
             for part in value.chunk(times):
+                part = part.unflatten(0, (layer.width, -1))
                 part[half:] = part[:half]
     generator = torch.Generator().manual_seed(5)
     more = [
@@ -103,14 +125,16 @@ def test_padding_has_no_say() -> None:
 
 
 def test_what_cannot_be_thinned_is_refused_by_name() -> None:
-    sites: Any = skipc.find_sites(ZOO["llama"].build(), **ZOO["llama"].inputs()).sites
+    fused: Any = skipc.find_sites(ZOO["phi3"].build(), **ZOO["phi3"].inputs()).sites
     with pytest.raises(skipc.PlanError, match="self_attn cannot be made thinner"):
-        hidden_layers(sites, ["model.layers.0.self_attn"])
+        hidden_layers(fused, ["model.layers.0.self_attn"])
+    sites: Any = skipc.find_sites(ZOO["llama"].build(), **ZOO["llama"].inputs()).sites
     with pytest.raises(skipc.UnknownSiteError):
         hidden_layers(sites, ["model.layers.7.mlp"])
     with pytest.raises(TypeError, match="no batch"):
         batches_of(ZOO["llama"].build(), [])
-    assert hidden_layer([]) is None
+    for kind in skipc.SiteKind:
+        assert hidden_layer(SimpleNamespace(kind=kind, branch=[])) is None  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_fitted_is_refused_by_name() -> None:
