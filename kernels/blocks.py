@@ -42,8 +42,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def split_heads(
     projected: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values, ``[batch, heads, tokens, dim]``, of ``[batch, tokens, all]``, for a cache. There may be
-    no queries."""
+    """Queries, keys and values, ``[batch, heads, tokens, dim]``, of ``[batch, tokens, all]``, for a cache of as many
+    heads. There may be no queries."""
     (_, key_heads, _, dim), v_dim = keys.shape, values.shape[-1]
     rows = projected.shape[-1] - key_heads * (dim + v_dim)
     sizes = [(rows // dim, dim), (key_heads, dim), (key_heads, v_dim)]
@@ -84,7 +84,8 @@ def attention_block(
         q_norm, k_norm: weights ``[dim]`` of RMS norms of each head's query and key, before rotation (as in Qwen 3);
             head_eps: of both.
         cos, sin: as in :func:`rotate`, or both None.
-        keys, values: the cache, ``[batch, key_heads, length, dim]``; written at ``position``.
+        keys, values: the cache, ``[batch, key_heads, length, dim]``; written at ``position``. If ``projections`` make
+            keys of fewer heads, these are the first ones of the cache.
         position: int64, ``[]`` (where the first token goes) or ``[tokens]``.
         mask, live, causal, scale, softcap: as in :func:`attention_reference`.
         out, out_bias: ``[n, heads * dim]`` and ``[n]``.
@@ -98,6 +99,8 @@ def attention_block(
     """
     batch, tokens, _ = x.shape
     projected = skinny_linear(x.float(), [w.float() for w in projections], biases, _wide(norm), eps)
+    queries = out.shape[1] // values.shape[-1] * keys.shape[-1]
+    keys, values = _of_heads(projected.shape[-1] - queries, keys, values)
     q, k, v = split_heads(projected, keys, values)
     _write(_turned(k, k_norm, head_eps, cos, sin), v, keys, values, position)
     q = _turned(q, q_norm, head_eps, cos, sin)
@@ -124,6 +127,7 @@ def cache_block(
     """What :func:`attention_block` writes to the cache, alone: what is left of a skipped attention whose keys and
     values later tokens attend to. ``projections`` make keys and values."""
     projected = skinny_linear(x.float(), [w.float() for w in projections], biases, _wide(norm), eps)
+    keys, values = _of_heads(projected.shape[-1], keys, values)
     _, k, v = split_heads(projected, keys, values)
     _write(_turned(k, k_norm, head_eps, cos, sin), v, keys, values, position)
 
@@ -145,6 +149,12 @@ def copy_rows(
     places = _places(position, tokens)
     for source, target in ((from_keys, keys), (from_values, values)):
         target.index_copy_(2, places, source.index_select(2, places))
+
+
+def _of_heads(rows: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The part of a cache that so many numbers of keys and values for each token go to."""
+    heads = rows // (keys.shape[-1] + values.shape[-1])
+    return keys.narrow(1, 0, heads), values.narrow(1, 0, heads)
 
 
 def _turned(

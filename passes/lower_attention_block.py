@@ -37,6 +37,8 @@ class LowerAttentionBlock(Pass):
     What lies between the kernels is recognised by what it computes, not by how it is written: it is evaluated on random
     fp64 numbers and compared with the kernel's definition.
 
+    Of a cache that is narrowed to its first heads, the kernel takes all: how many heads there are, weights tell.
+
     Leaves alone: rotary embeddings of interleaved pairs, norms of the form ``1 + weight`` before or behind, caches that
     grow or slide, regions that do anything beside.
     """
@@ -103,6 +105,7 @@ def _read_inputs(
     keys, values = (w.args[0] for w in writes)
     if not isinstance(keys, fx.Node) or not isinstance(values, fx.Node):
         return None
+    inside |= {n for n in (keys, values) if cache_of(n) is not n}
     leaves = [leaves_of(n, inside) if isinstance(n, fx.Node) else None for n in inputs]
     projection = next((n for n in leaves[-1] or () if n.target is torch.ops.skipc.skinny_linear.default), None)
     if any(found is None for found in leaves) or projection is None or projection.args[5] is not None:
@@ -169,7 +172,7 @@ def _fits(
     sizes = (*x.shape, *k.shape[:2], k.shape[3], *v.shape[:2], v.shape[3], k.stride(3), v.stride(3))
     return (
         all(isinstance(n, int) for n in sizes)  # the length of the cache may vary
-        and all(n.op == "placeholder" for n in (keys, values, position))
+        and all(n.op == "placeholder" for n in (cache_of(keys), cache_of(values), position))
         and k.dtype == v.dtype == x.dtype == made.dtype
         and k.stride(3) == v.stride(3) == 1
         and same_sizes(k.shape[:3], v.shape[:3])
@@ -177,6 +180,13 @@ def _fits(
         and k.shape[0] == batch
         and made.dim() == 3
     )
+
+
+def cache_of(node: fx.Node) -> fx.Node:
+    """The cache of whose first heads ``node`` is a view; else ``node``."""
+    if op_name(node) == "narrow" and len(node.args) == 4 and node.args[1:3] == (1, 0):
+        return node.args[0]  # type: ignore[return-value]
+    return node
 
 
 def position_of(places: Any, tokens: int, inside: set[fx.Node]) -> fx.Node | None:
@@ -262,7 +272,7 @@ def _rewrite(graph: fx.Graph, block: _Block) -> None:
     ops = torch.ops.skipc
     x, weights, biases, norm, eps, _ = block.projection.args
     weights, biases = ([list(given)[i] for i in block.order] for given in (weights, biases))  # type: ignore[arg-type]
-    keys, values = (w.args[0] for w in block.writes)
+    keys, values = (cache_of(w.args[0]) for w in block.writes)  # type: ignore[arg-type]
     source, cache = (x, norm, eps, weights, biases), (block.cos, block.sin, keys, values, block.position)
     last = block.output if block.output is not None else next(iter(reversed(graph.nodes)))
     with graph.inserting_before(last):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from skipc.passes.fx_edit import copy_graph, fake_mode_of, infer, labels_of
 from skipc.passes.ops import in_model, is_parameter_like, op_name, path_of, same_sizes, tensor, tensors
 from torch import fx
@@ -162,10 +161,14 @@ class _Substitution:
         assert value is not None
         if value.shape[1] == heads:
             return node
-        with self.graph.inserting_before(user):
-            made = self.graph.call_function(F.pad, (node, (0, 0, 0, 0, 0, heads - value.shape[1])))
-        made.meta = labels_of(node)
-        infer(made)
+        with self.graph.inserting_before(user):  # by `cat`: `pad` would fix the number of tokens
+            one = self.graph.call_method("narrow", (node, 1, 0, 1))
+            zeros = self.graph.call_function(torch.zeros_like, (one,))
+            missing = self.graph.call_method("expand", (zeros, -1, heads - value.shape[1], -1, -1))
+            made = self.graph.call_function(torch.cat, ((node, missing), 1))
+        for new in (one, zeros, missing, made):
+            new.meta = labels_of(node)
+            infer(new)
         return made
 
     # -- sizes --------------------------------------------------------------------------------------------------------

@@ -56,6 +56,15 @@ struct Places {
   }
 };
 
+// How many heads weights make: the output reads those of queries. A cache may have room for more of keys.
+inline Shape heads_of(int64_t B, int64_t Q, int64_t total, const Tensor& keys, const Tensor& values, const Maybe& out) {
+  const int64_t D = keys.size(3), Dv = values.size(3), H = out.has_value() ? out->size(1) / Dv : 0;
+  const int64_t Hkv = (total - H * D) / (D + Dv);
+  STD_TORCH_CHECK(Hkv >= 1 && Hkv <= keys.size(1) && Hkv <= values.size(1) && H % Hkv == 0, "attention_block: ", Hkv,
+                  " heads of keys for a cache of ", keys.size(1));
+  return {B, H, Q, D, Hkv, keys.size(2), Dv};
+}
+
 // An attention sublayer: norm, projections, rotation, cache, attention, output, residual. Without `out`, it ends with the
 // cache, and the projections make no queries.
 template <typename T>
@@ -79,9 +88,7 @@ struct AttentionBlock {
         projections(parts_of<T>(projections, biases)), output(out.has_value() ? parts_of<T>({*out}, {out_bias}) : std::vector<Part<T>>()),
         total(this->projections.back().first + this->projections.back().count), rotary(cos, sin),
         keys(keys), values(values), places(position),
-        attention({B, (total - keys.size(1) * (keys.size(3) + values.size(3))) / keys.size(3), Q, keys.size(3),
-                   keys.size(1), keys.size(2), values.size(3)},
-                  {causal, float(scale), float(softcap)}, keys, values, mask, live) {}
+        attention(heads_of(B, Q, total, keys, values, out), {causal, float(scale), float(softcap)}, keys, values, mask, live) {}
 
   void check() const { places.check(Q, attention.s.L, "attention_block"); }
   int64_t scratch() const {

@@ -85,12 +85,11 @@ def spelled_out(a: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, to
         q, k = turn(q), turn(k)
     places = a["position"] + torch.arange(tokens) if a["position"].dim() == 0 else a["position"]
     keys, values = a["keys"].clone(), a["values"].clone()
-    keys[:, :, places] = k
-    values[:, :, places] = v
-    groups = q.shape[1] // keys.shape[1]
-    mixed = F.scaled_dot_product_attention(
-        q, keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1), a["mask"], scale=a["scale"]
-    )
+    used = k.shape[1]  # heads, of those that the cache has
+    keys[:, :used, places] = k
+    values[:, :used, places] = v
+    read = (t[:, :used].repeat_interleave(q.shape[1] // used, 1) for t in (keys, values))
+    mixed = F.scaled_dot_product_attention(q, *read, a["mask"], scale=a["scale"])
     out = F.linear(mixed.transpose(1, 2).reshape(batch, tokens, -1), a["out"], a["out_bias"])
     return out if a["residual"] is None else out + a["residual"], keys, values
 
@@ -105,6 +104,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bare": {"norm": None, "q_norm": None, "cos": None, "sin": None, "mask": None, "residual": None},
     "places": {"position": torch.tensor([7, 299, 0, 31])},
     "both norms": {"k_norm": torch.linspace(0.5, 2, DIM)},
+    "roomy cache": {},
 }
 
 
@@ -117,6 +117,9 @@ def test_against_fp64(batch: int, tokens: int, dtype: torch.dtype, variant: str)
         a[name] = value.to(dtype) if name == "k_norm" else value
     if variant == "places":
         a["position"] = a["position"][:tokens]
+    if variant == "roomy cache":
+        for name in ("keys", "values"):
+            a[name] = torch.cat([a[name], a[name].flip(2)[:, :1]], 1)
     exact, eager = spelled_out(a, torch.float64), spelled_out(a, dtype)
     assert_no_further(exact, eager, native_block(a))
     theirs = {**a, "keys": a["keys"].clone(), "values": a["values"].clone()}
@@ -136,6 +139,12 @@ def test_a_row_depends_neither_on_its_company_nor_on_threads(dtype: torch.dtype)
                 assert torch.equal(whole[row : row + 1], alone)
         finally:
             torch.set_num_threads(threads)
+
+
+def test_a_cache_of_too_few_heads_is_an_error() -> None:
+    a = case(1, 1, torch.float32)
+    with pytest.raises(RuntimeError, match="2 heads of keys for a cache of 1"):
+        native_block({**a, "keys": a["keys"][:, :1], "values": a["values"][:, :1]})
 
 
 @pytest.mark.parametrize("place", [LENGTH, -1])

@@ -39,8 +39,8 @@ def without_groups(
 @pytest.mark.parametrize(
     ("name", "width", "size"),
     [
-        *((name, 2, 32) for name in ("llama", "qwen3", "mistral", "gemma2", "mixtral", "granite")),
-        *((name, 4, 16) for name in ("opt", "bert", "vit", "bart", "siglip")),
+        *((name, 2, 32) for name in ("llama", "qwen3", "mistral", "gemma2", "mixtral")),
+        *((name, 4, 16) for name in ("bert", "vit", "bart")),
     ],
 )
 @torch.no_grad()
@@ -68,9 +68,9 @@ def test_compiled_is_what_eager_has(name: str, width: int, size: int, monkeypatc
     assert_equal_bits(before, result_of(compiled(**inputs)))
 
 
-@pytest.mark.parametrize("name", ["t5", "gpt2", "phi3", "gpt_neox", "falcon", "bloom"])
+@pytest.mark.parametrize("name", ["t5", "gpt2", "phi3", "gpt_neox", "falcon", "opt"])
 def test_heads_of_these_lie_otherwise(name: str) -> None:
-    """In one layer with others, or beside biases for each of them."""
+    """In one layer with others, beside biases for each of them, or where the code has their number."""
     model, inputs = ZOO[name].build(), ZOO[name].inputs()
     layers = groups_of(skipc.find_sites(model, **inputs).sites)
     assert not layers or not drops_groups(model, batches_of(model, [inputs])[0], layers)
@@ -117,11 +117,10 @@ def test_generation_runs_attention_as_one_kernel(llama: Any) -> None:
     assert session.stats().recompiles == 0
     from skipc.runtime import registry
 
-    calls = {
-        (tuple(sorted(dict(shapes))), region.name)
+    kernels = [
+        {call.name for region in variant.spec.regions for call in region.kernels}
         for program in list(registry._programs)
         for (shapes, _), (variant, _) in program.variants._compiled.items()
-        for region in variant.spec.regions
-        if region.name.startswith("attention")
-    }
-    assert calls
+        if any("self_attn" in name for name, _ in shapes)
+    ]
+    assert any("attention_block" in some for some in kernels)
