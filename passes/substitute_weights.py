@@ -80,7 +80,7 @@ class _Substitution:
     def _follow(self, node: fx.Node, why: str) -> None:
         """Have ``node`` run on what its arguments are now."""
         name = op_name(node)
-        if name == "index_copy_" and node.args[3] in self.changed:
+        if name == "index_copy_" and len(node.args) == 4 and node.args[3] in self.changed:
             self._narrow_cache(node, why)
         elif name == "cat":
             self._pad_for_cache(node, why)

@@ -59,7 +59,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(read=8, fitted=16, steps=12, judged=12, rounds=5, chats=10),
+    "quick": Effort(read=8, fitted=12, steps=10, judged=12, rounds=5, chats=10),
     "thorough": Effort(read=48, fitted=72, steps=180, judged=32, rounds=12, chats=96),
 }
 
@@ -145,7 +145,6 @@ class _Calibration:
     def __init__(self, subject: Subject, effort: Effort, regime: Regime, stages: Stages, seed: int, progress: bool):
         self.subject, self.model, self.effort, self.regime = subject, subject.model, effort, regime
         self.stages, self.seed, self.shown = stages, seed, progress
-        self.layers = subject.layers
         self.sources = {n: s.source for n, s in subject.free.items() if s.source is not None}
         # A plan leaves out the same sites in all calls of a request: keys that those would write are never read.
         self.kv: KVPolicy | None = "none" if subject.decodes else None
@@ -162,6 +161,9 @@ class _Calibration:
             with self._working("timing calls"):
                 found = sample_calls(self.subject, self.regime, self.kv, self.effort.rounds)
             self.stages.put("times", found)
+        if not found["heads"]:
+            self.subject.keep_heads()
+        self.layers = self.subject.layers
         self.timings = [Timing.from_dict(t) for t in found["timings"]]
         self.similarity, self.scale = found["similarity"], found["scale"]
         kinds = {name: site.kind.value for name, site in self.subject.sites.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -13,11 +14,15 @@ from skipc.calibration.similarity import measure_similarity
 from skipc.calibration.subject import Subject
 from skipc.calibration.thinning import thin_weights
 from skipc.calibration.timing import medians, time_calls
+from skipc.ir.errors import PlanError
 from skipc.ir.plan import SKIP, Action, Plan
 from skipc.ir.program import KVPolicy
 from skipc.ir.replacement import LowRank
 from skipc.model import compile as compile_model
 
+log = logging.getLogger("skipc")
+
+_FEWER_HEADS = "fewer heads"  # a timed plan, which some models' caches do not take
 _PREFILLS = (64, 256)  # tokens of the prefills that are timed beside decode steps
 _RANK = 32  # of the replacements that are timed
 _SAMPLED = 4  # batches that similarities are taken on
@@ -25,8 +30,8 @@ _PROMPT, _NEW = 128, 16  # tokens of the prompts that similarities of decode ste
 
 
 def sample_calls(subject: Subject, regime: Regime, kv: KVPolicy | None, rounds: int) -> dict[str, Any]:
-    """Timings of whole calls, of calls without some sites and with thin ones, in ``regime`` and near it, and mean
-    similarities and scales of all sites by phase: as plain data."""
+    """Timings of whole calls, of calls without some sites and with thin ones, in ``regime`` and near it, mean
+    similarities and scales of all sites by phase, and whether attentions run with fewer heads: as plain data."""
     compiled = compile_model(subject.model, on_error="raise")
     plans, actions = timed_plans(subject, kv)
     regimes = [regime]
@@ -34,10 +39,22 @@ def sample_calls(subject: Subject, regime: Regime, kv: KVPolicy | None, rounds: 
         nearer = max(16, regime.context // 4)
         regimes = [Regime("decode", regime.batch, 1, c) for c in dict.fromkeys((nearer, regime.context))]
         regimes += [Regime("prefill", 1, t, t) for t in _PREFILLS]
-    timings = []
-    for sampled in regimes:
-        seconds = medians(time_calls(compiled, sampled, plans, rounds, subject.given[0]))
-        timings += [asdict(Timing(sampled, actions[name], taken)) for name, taken in seconds.items()]
+
+    def timed() -> list[dict[str, Any]]:
+        found = []
+        for sampled in regimes:
+            seconds = medians(time_calls(compiled, sampled, plans, rounds, subject.given[0]))
+            found += [asdict(Timing(sampled, actions[name], taken)) for name, taken in seconds.items()]
+        return found
+
+    try:
+        timings = timed()
+    except PlanError as error:
+        if plans.pop(_FEWER_HEADS, None) is None:
+            raise
+        log.info("attention keeps all its heads: %s", error)
+        subject.keep_heads()
+        timings = timed()
     similarity: dict[str, Mapping[str, float]] = {}
     scale: dict[str, Mapping[str, float]] = {}
     few = subject.given[:_SAMPLED]
@@ -47,7 +64,8 @@ def sample_calls(subject: Subject, regime: Regime, kv: KVPolicy | None, rounds: 
         prompts = [b.inputs["input_ids"][:, :_PROMPT] for b in few]
         made = measure_similarity(compiled, prompts, ("decode",), generate=_NEW)
         similarity["decode"], scale["decode"] = made.similarity, made.scale
-    return {"timings": timings, "similarity": similarity, "scale": scale}
+    heads = _FEWER_HEADS in plans
+    return {"timings": timings, "similarity": similarity, "scale": scale, "heads": heads}
 
 
 def timed_plans(subject: Subject, kv: KVPolicy | None) -> tuple[dict[str, Plan | None], dict[str, dict[str, Action]]]:
@@ -63,7 +81,7 @@ def timed_plans(subject: Subject, kv: KVPolicy | None) -> tuple[dict[str, Plan |
     layers = subject.layers
     for label, some in (
         ("thin", {n: layer for n, layer in layers.items() if layer.size == 1}),
-        ("fewer heads", {n: layer for n, layer in layers.items() if layer.size > 1}),
+        (_FEWER_HEADS, {n: layer for n, layer in layers.items() if layer.size > 1}),
     ):
         if some:
             weights: dict[str, torch.Tensor] = {}

@@ -177,6 +177,10 @@ class Subject:
             self._drops = drops_groups(self.model, self.given[0], grouped)
         return {n: layer for n, layer in found.items() if layer.size == 1 or self._drops}
 
+    def keep_heads(self) -> None:
+        """Leave all attentions all their heads."""
+        self._drops = False
+
     def regime(self, phase: Phase | None, batch: int, length: int, cache: int) -> Regime:
         """Calls of a kind; by default decode steps, and calls like the given ones where the model does not decode."""
         phase = phase or ("decode" if self.decodes else "prefill")

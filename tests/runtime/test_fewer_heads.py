@@ -85,11 +85,12 @@ def llama() -> tuple[Any, Any, list[Site]]:
 
 
 @pytest.mark.parametrize("kind", [StaticCache, DynamicCache])
+@pytest.mark.parametrize("skip", [(), ("model.layers.1.self_attn",)])
 @torch.no_grad()
-def test_prefill_and_decode(llama: Any, kind: Any) -> None:
-    """Caches keep their shape, whoever made them."""
+def test_prefill_and_decode(llama: Any, kind: Any, skip: tuple[str, ...]) -> None:
+    """Caches keep their shape, whoever made them, and whether they are read or not."""
     model, compiled, sites = llama
-    thin, deaf = without_groups(model, groups_of(sites), 1)
+    thin, deaf = without_groups(model, groups_of(sites), 1, skip=skip)
     settings = {"max_cache_len": 24} if kind is StaticCache else {}
     cache, text = kind(config=model.config, **settings), ids(2, 11)
     (batch,) = batches_of(model, [text])
