@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,7 @@ from skipc.calibration.costs import Regime, Timing
 from skipc.calibration.similarity import measure_similarity
 from skipc.calibration.subject import Subject
 from skipc.calibration.thinning import thin_weights
-from skipc.calibration.timing import medians, time_calls
+from skipc.calibration.timing import time_calls
 from skipc.ir.errors import PlanError
 from skipc.ir.plan import SKIP, Action, Plan
 from skipc.ir.program import KVPolicy
@@ -24,6 +25,7 @@ log = logging.getLogger("skipc")
 
 _FEWER_HEADS = "fewer heads"  # a timed plan, which some models' caches do not take
 _PREFILLS = (64, 256)  # tokens of the prefills that are timed beside decode steps
+_SWEEPS = 3
 _RANK = 32  # of the replacements that are timed
 _SAMPLED = 4  # batches that similarities are taken on
 _PROMPT, _NEW = 128, 16  # tokens of the prompts that similarities of decode steps are taken behind, and of steps
@@ -41,11 +43,14 @@ def sample_calls(subject: Subject, regime: Regime, kv: KVPolicy | None, rounds: 
         regimes += [Regime("prefill", 1, t, t) for t in _PREFILLS]
 
     def timed() -> list[dict[str, Any]]:
-        found = []
-        for sampled in regimes:
-            seconds = medians(time_calls(compiled, sampled, plans, rounds, subject.given[0]))
-            found += [asdict(Timing(sampled, actions[name], taken)) for name, taken in seconds.items()]
-        return found
+        seconds: dict[tuple[Regime, str], list[float]] = {}
+        for _ in range(_SWEEPS):  # so that all kinds of calls see the machine's slow minutes
+            for sampled in regimes:
+                found = time_calls(compiled, sampled, plans, -(-rounds // _SWEEPS), subject.given[0])
+                for name, some in found.items():
+                    seconds.setdefault((sampled, name), []).extend(some)
+        medians = {key: statistics.median(some) for key, some in seconds.items()}
+        return [asdict(Timing(regime, actions[name], taken)) for (regime, name), taken in medians.items()]
 
     try:
         timings = timed()

@@ -75,11 +75,6 @@ def time_peers(
     return times
 
 
-def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
-    """Median seconds of each plan."""
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
-
-
 def ratio(a: Sequence[float], b: Sequence[float], resamples: int = 2000) -> tuple[float, float, float]:
     """Median of ``a`` over median of ``b``, with a bootstrap 95 % interval over rounds."""
     x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)

@@ -13,6 +13,8 @@ import torch
 import skipc
 from skipc.calibration.batches import batches_of, call_on
 from skipc.calibration.calibrate import EFFORTS, Effort
+from skipc.calibration.costs import Regime
+from skipc.calibration.sampling import sample_calls
 from skipc.calibration.subject import Subject
 from skipc.ir.plan import RUN, SKIP
 from tests.harness import STRICT, known_times
@@ -234,6 +236,18 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         skipc.calibrate(model, text(), removals=(20,))
     with pytest.raises(skipc.PlanError, match="training mode"):
         skipc.calibrate(ZOO["llama"].build().train(), text())
+
+
+def test_models_whose_caches_take_no_fewer_heads_keep_them_all() -> None:
+    """Sliding ones: only a call that decodes shows it."""
+    torch._dynamo.reset()
+    subject = Subject(ZOO["mistral"].build(), text(), None, None, 2, 0)
+    assert {layer.size for layer in subject.layers.values()} == {1, 32}
+    found = sample_calls(subject, Regime("decode", 1, 1, 32), "none", 1)
+    assert not found["heads"]
+    assert {layer.size for layer in subject.layers.values()} == {1}
+    thin = {site for t in found["timings"] for site, a in t["actions"].items() if a["kind"] == "thin"}
+    assert thin == {"model.layers.0.mlp", "model.layers.1.mlp"}
 
 
 @torch.no_grad()
