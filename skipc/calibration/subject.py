@@ -173,6 +173,8 @@ class Subject:
         """Of the sites that may be changed, what can be left out of them one by one."""
         found = {n: s.hidden for n, s in self.free.items() if s.hidden is not None}
         grouped = {n: layer for n, layer in found.items() if layer.size > 1}
+        if self.decodes and getattr(self.model.config, "sliding_window", None):
+            self.keep_heads()  # prompts longer than the window are joined to such caches in ways of their own
         if self._drops is None and grouped:
             self._drops = drops_groups(self.model, self.given[0], grouped)
         return {n: layer for n, layer in found.items() if layer.size == 1 or self._drops}
