@@ -84,18 +84,18 @@ def timed_plans(subject: Subject, kv: KVPolicy | None) -> tuple[dict[str, Plan |
         for label, some in ((f"no {kind}", names), (f"half {kind}", names[::2])):
             plans[label], actions[label] = Plan(some, kv=kv), dict.fromkeys(some, SKIP)
     layers = subject.layers
-    for label, some in (
+    for label, thinned in (
         ("thin", {n: layer for n, layer in layers.items() if layer.size == 1}),
         (_FEWER_HEADS, {n: layer for n, layer in layers.items() if layer.size > 1}),
     ):
-        if some:
+        if thinned:
             weights: dict[str, torch.Tensor] = {}
-            for layer in some.values():
+            for layer in thinned.values():
                 half = torch.arange(layer.width // 2)
                 columns = subject.model.get_parameter(layer.columns).detach()[:, layer.channels(half)]
                 weights |= thin_weights(subject.model, layer, half, columns)
             plans[label] = Plan((), weights)
-            actions[label] = {n: Action("thin", layer.width // 2) for n, layer in some.items()}
+            actions[label] = {n: Action("thin", layer.width // 2) for n, layer in thinned.items()}
     sources = {n: s.source for n, s in subject.free.items() if s.source is not None}
     if sources:
         zeros = {
