@@ -59,6 +59,11 @@ def labels_of(node: fx.Node) -> dict[str, Any]:
     return {k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "source_fn_stack") if k in node.meta}
 
 
+def last_input(graph: fx.Graph) -> fx.Node:
+    """The last placeholder: inputs stay together."""
+    return next(n for n in reversed(list(graph.nodes)) if n.op == "placeholder")
+
+
 def erase_unused(node: fx.Node) -> None:
     """Erase ``node`` and then, one by one, the arguments that nobody else uses and that do nothing but compute.
     (``eliminate_dead_code`` would take writes to caches with it.)"""

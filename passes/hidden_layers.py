@@ -38,15 +38,13 @@ def _groups_of_heads(branch: Sequence[fx.Node]) -> HiddenLayer | None:
     (query, key, value), into = found[0], tensor(last.args[0])
     heads, width = query.shape[1], key.shape[1]
     size, weight = heads // width * value.shape[3], _own_weight(last, 1)
-    rows = [(name, 1) for n in first for at in (1, 2) if _argument(n, at) is not None if (name := _own_weight(n, at))]
-    if weight is None or into is None or into.shape[-1] != width * size or width < 2:
+    rows = [name for n in first for name in _own_weights(n)]
+    if weight is None or None in rows or into is None or into.shape[-1] != width * size or width < 2:
         return None
     made = sorted(tensor(n).shape[-1] for n in first)  # type: ignore[union-attr]
     if made != sorted([heads * query.shape[3], width * key.shape[3], width * value.shape[3]]):
         return None
-    if len(rows) != sum(_argument(n, at) is not None for n in first for at in (1, 2)):
-        return None
-    return HiddenLayer(width, tuple(rows), weight, size)
+    return HiddenLayer(width, tuple((name, 1) for name in rows if name is not None), weight, size)
 
 
 def _heads(node: fx.Node) -> tuple[torch.Tensor, ...] | None:
@@ -101,7 +99,7 @@ def _neurons(branch: Sequence[fx.Node]) -> HiddenLayer | None:
     rows: list[tuple[str, int]] = []
     for layer in sorted(first, key=branch.index):
         size = tensor(layer).shape[-1]  # type: ignore[union-attr]
-        names = [_own_weight(layer, at) for at in (1, 2) if _argument(layer, at) is not None]
+        names = _own_weights(layer)
         if size not in (width, 2 * width) or None in names:
             return None
         rows += [(name, size // width) for name in names if name is not None]
@@ -111,6 +109,11 @@ def _neurons(branch: Sequence[fx.Node]) -> HiddenLayer | None:
 def _argument(layer: fx.Node, at: int) -> fx.Node | None:
     value = layer.args[at] if len(layer.args) > at else layer.kwargs.get(("input", "weight", "bias")[at])
     return value if isinstance(value, fx.Node) else None
+
+
+def _own_weights(layer: fx.Node) -> list[str | None]:
+    """The names of weight and bias, where there is one; None for what others read, too."""
+    return [_own_weight(layer, at) for at in (1, 2) if _argument(layer, at) is not None]
 
 
 def _own_weight(layer: fx.Node, at: int) -> str | None:

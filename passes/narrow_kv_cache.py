@@ -9,7 +9,7 @@ from skipc.passes.attention_forms import read_attention
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fold_grouped_queries import replace_attention
-from skipc.passes.fx_edit import infer, labels_of
+from skipc.passes.fx_edit import infer, labels_of, last_input
 from skipc.passes.ops import same_sizes, tensor
 from torch import fx
 
@@ -73,9 +73,7 @@ def _live_range(mask: fx.Node) -> fx.Node:
     """:func:`skipc.kernels.attention.live_range` of ``mask`` as nodes, right behind it."""
     graph, value = mask.graph, tensor(mask)
     assert value is not None
-    after = mask
-    if mask.op == "placeholder":  # inputs stay together
-        after = next(n for n in reversed(list(graph.nodes)) if n.op == "placeholder")
+    after = last_input(graph) if mask.op == "placeholder" else mask
     labels = labels_of(mask)
 
     def call(method: str, *args: Any, **kwargs: Any) -> fx.Node:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from skipc.passes.branch_spans import Span, Spans
 from skipc.passes.dataflow import Dataflow
-from skipc.passes.fx_edit import erase_unused, fake_mode_of, infer, labels_of
+from skipc.passes.fx_edit import erase_unused, fake_mode_of, infer, labels_of, last_input
 from skipc.passes.ops import tensor
 from skipc.passes.residual import Streams
 from torch import fx
@@ -32,7 +32,7 @@ def replace_sites(gm: fx.GraphModule, streams: Streams, replaced: Replaced) -> N
             its replacement was made of.
     """
     graph, terms = gm.graph, {t.name: (t, j) for j in streams.junctions for t in j.terms}
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    last = last_input(graph)
     flow = Dataflow(graph)
     spans, every = Spans(flow, streams.junctions), []
     for one in replaced.sites:

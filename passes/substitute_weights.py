@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from skipc.passes.fx_edit import copy_graph, fake_mode_of, infer, labels_of
+from skipc.passes.fx_edit import copy_graph, fake_mode_of, infer, labels_of, last_input, positions
 from skipc.passes.ops import in_model, is_parameter_like, op_name, path_of, same_sizes, tensor, tensors
 from torch import fx
 
@@ -109,21 +109,14 @@ class _Substitution:
             return
         if same_sizes(whole.shape[1:2], heads.shape[1:2]):
             return
-        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1] if cache.op == "placeholder" else cache
-        with self.graph.inserting_after(last):  # no part of the sublayer, to which it is its cache
-            part = self.graph.call_method("narrow", (cache, 1, 0, heads.shape[1]))
-        part.meta = labels_of(write)
-        infer(part)
-        self.changed[part], self.before[part] = why, whole
-        order = {n: i for i, n in enumerate(self.graph.nodes)}
-        for user in list(cache.users):
-            if user is not part and user.op != "output" and order[user] >= order[write]:
-                user.replace_input_with(cache, part)
+        order = positions(self.graph.nodes)
+        after = last_input(self.graph) if cache.op == "placeholder" else cache  # no part of the sublayer, but its cache
+        self._read_first(cache, heads.shape[1], after, write, [u for u in cache.users if order[u] >= order[write]], why)
 
     def _pad_for_cache(self, join: fx.Node, why: str) -> None:
         """Append heads that are zero to what is appended to a cache of more heads, of which only the first are read."""
-        parts = join.args[0]
-        if not isinstance(parts, list | tuple):
+        parts, dim = join.args[0], join.args[1] if len(join.args) > 1 else join.kwargs.get("dim", 0)
+        if not isinstance(parts, list | tuple) or dim not in (2, -2):  # not tokens behind tokens
             return
         values = [tensor(p) for p in parts]
         if any(v is None or v.dim() != 4 for v in values):
@@ -133,14 +126,20 @@ class _Substitution:
         if most == fewest:
             return
         join.update_arg(0, [self._padded(p, most, join) for p in parts])
-        users = [u for u in join.users if u.op != "output"]
-        with self.graph.inserting_after(join):
-            part = self.graph.call_method("narrow", (join, 1, 0, fewest))
-        part.meta = labels_of(join)
-        part.meta["example_value"] = join.meta["example_value"].narrow(1, 0, fewest)
-        self.changed[part], self.before[part] = why, join.meta["example_value"]
+        self._read_first(join, fewest, join, join, list(join.users), why)
+
+    def _read_first(
+        self, cache: fx.Node, heads: int, after: fx.Node, like: fx.Node, users: list[fx.Node], why: str
+    ) -> None:
+        """Let ``users`` have the first heads of ``cache``; the caller keeps all of it."""
+        with self.graph.inserting_after(after):
+            part = self.graph.call_method("narrow", (cache, 1, 0, heads))
+        part.meta = labels_of(like)
+        infer(part)
+        self.changed[part], self.before[part] = why, cache.meta["example_value"]
         for user in users:
-            user.replace_input_with(join, part)
+            if user.op != "output":
+                user.replace_input_with(cache, part)
 
     def _return(self, output: fx.Node) -> None:
         """Return keys and values of as many heads as before."""
@@ -185,13 +184,14 @@ class _Substitution:
         sizes = list(node.args[1] if nested else node.args[1:])  # type: ignore[arg-type]
         if op_name(node) == "expand":
             at += len(sizes) - old.dim()
-            places = [at] if sizes[at] == was else []
+            place = at if sizes[at] == was else None
         elif any(s == -1 for s in sizes if isinstance(s, int)) or not same_sizes(old.shape[:at], made.shape[:at]):
             return
-        else:  # heads lie outside of their channels
-            places = [i for i in range(at, len(sizes)) if isinstance(sizes[i], int) and sizes[i] * now % was == 0]
-        if places:
-            sizes[places[0]] = now if op_name(node) == "expand" else sizes[places[0]] * now // was
+        else:  # the first that can: heads lie outside of their channels
+            places = (i for i in range(at, len(sizes)) if isinstance(sizes[i], int) and sizes[i] * now % was == 0)
+            place = next(places, None)
+        if place is not None:
+            sizes[place] = sizes[place] * now // was
             node.args = (source, sizes) if nested else (source, *sizes)
 
 

@@ -91,9 +91,7 @@ def timed_plans(subject: Subject, kv: KVPolicy | None) -> tuple[dict[str, Plan |
         if thinned:
             weights: dict[str, torch.Tensor] = {}
             for layer in thinned.values():
-                half = torch.arange(layer.width // 2)
-                columns = subject.model.get_parameter(layer.columns).detach()[:, layer.channels(half)]
-                weights |= thin_weights(subject.model, layer, half, columns)
+                weights |= thin_weights(subject.model, layer, torch.arange(layer.width // 2))
             plans[label] = Plan((), weights)
             actions[label] = {n: Action("thin", layer.width // 2) for n, layer in thinned.items()}
     sources = {n: s.source for n, s in subject.free.items() if s.source is not None}

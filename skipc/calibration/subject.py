@@ -86,7 +86,9 @@ class Subject:
         self.decodes = causal and hasattr(model, "config") and not getattr(model.config, "is_encoder_decoder", False)
         self.sites: dict[str, Site] = {s.name: s for s in find_sites(model, **self.given[0].inputs).sites}
         self.free = dict(self.sites)
-        self._drops: bool | None = None  # whether eager runs with fewer heads
+        # Whether it runs with fewer heads, if known. Prompts join sliding caches in ways of their own.
+        slides = self.decodes and getattr(model.config, "sliding_window", None)
+        self._drops: bool | None = False if slides else None
 
     def _default_text(self, tokenizer: Any, windows: int, seed: int, count: int) -> None:
         given, judged = calibration_windows(tokenizer, _TOKENS, windows, seed)
@@ -173,8 +175,6 @@ class Subject:
         """Of the sites that may be changed, what can be left out of them one by one."""
         found = {n: s.hidden for n, s in self.free.items() if s.hidden is not None}
         grouped = {n: layer for n, layer in found.items() if layer.size > 1}
-        if self.decodes and getattr(self.model.config, "sliding_window", None):
-            self.keep_heads()  # prompts longer than the window are joined to such caches in ways of their own
         if self._drops is None and grouped:
             self._drops = drops_groups(self.model, self.given[0], grouped)
         return {n: layer for n, layer in found.items() if layer.size == 1 or self._drops}

@@ -179,13 +179,14 @@ def thin_weights(
     model: torch.nn.Module,
     layer: HiddenLayer,
     kept: torch.Tensor,
-    columns: torch.Tensor,
+    columns: torch.Tensor | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The parameters of a sublayer with the ``kept`` neurons, or groups of heads, of those it has in ``weights`` (else
-    in the model), and ``columns`` for the layer behind them."""
-    width = parameter(model, layer.columns, weights).shape[1] // layer.size
-    made = {layer.columns: columns}
+    in the model), and ``columns`` for the layer behind them; None: its own for those."""
+    whole = parameter(model, layer.columns, weights)
+    width = whole.shape[1] // layer.size
+    made = {layer.columns: whole[:, layer.channels(kept)] if columns is None else columns}
     for name, times in layer.rows:
         value = parameter(model, name, weights)
         made[name] = torch.cat([part.unflatten(0, (width, -1))[kept].flatten(0, 1) for part in value.chunk(times)])
@@ -204,9 +205,8 @@ def drops_groups(model: torch.nn.Module, batch: Batch, layers: Mapping[str, Hidd
     thin: dict[str, torch.Tensor] = {}
     deaf: dict[str, torch.Tensor] = {}
     for layer in layers.values():
-        kept, columns = torch.arange(1, layer.width), model.get_parameter(layer.columns).detach()
-        thin |= thin_weights(model, layer, kept, columns[:, layer.channels(kept)])
-        deaf[layer.columns] = columns.clone()
+        thin |= thin_weights(model, layer, torch.arange(1, layer.width))
+        deaf[layer.columns] = model.get_parameter(layer.columns).detach().clone()
         deaf[layer.columns][:, : layer.size] = 0
     try:
         found = result_of(call_on(model, batch, Plan(weights=thin)))

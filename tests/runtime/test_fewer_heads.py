@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 import skipc
 from skipc.calibration.batches import batches_of, call_on, result_of
 from skipc.calibration.thinning import drops_groups, thin_weights
-from skipc.ir.site import HiddenLayer, Site
+from skipc.ir.site import HiddenLayer
 from tests.harness import STRICT, assert_equal_bits, run_regions_uncompiled
 from tests.models.zoo import ZOO, ids
 
@@ -29,9 +29,8 @@ def without_groups(
     deaf: dict[str, torch.Tensor] = {}
     for layer in layers.values():
         kept = torch.tensor([i for i in range(layer.width) if i != gone % layer.width])
-        columns = model.get_parameter(layer.columns).detach()
-        thin |= thin_weights(model, layer, kept, columns[:, layer.channels(kept)])
-        deaf[layer.columns] = columns.clone()
+        thin |= thin_weights(model, layer, kept)
+        deaf[layer.columns] = model.get_parameter(layer.columns).detach().clone()
         deaf[layer.columns][:, layer.channels(torch.tensor([gone % layer.width]))] = 0
     return skipc.Plan(weights=thin, **settings), skipc.Plan(weights=deaf, **settings)
 
@@ -68,6 +67,29 @@ def test_compiled_is_what_eager_has(name: str, width: int, size: int, monkeypatc
     assert_equal_bits(before, result_of(compiled(**inputs)))
 
 
+@torch.no_grad()
+def test_heads_that_are_joined_side_by_side_are_no_cache() -> None:
+    class Two(torch.nn.Module):
+        """Heads of two layers, side by side."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.o = torch.nn.Linear(64, 32), torch.nn.Linear(64, 48), torch.nn.Linear(16, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            heads = [layer(x).view(2, 7, -1, 16).transpose(1, 2) for layer in (self.a, self.b)]
+            return x + self.o(torch.cat(heads, 1).mean(1))
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Two(), torch.randn(2, 7, 64)
+    plan = skipc.Plan(weights={"a.weight": model.a.weight.detach()[:16], "a.bias": model.a.bias.detach()[:16]})
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    with compiled.session(plan=plan):
+        found = compiled(x)
+    torch.testing.assert_close(found, call_on(model, batches_of(model, [x])[0], plan))
+
+
 @pytest.mark.parametrize("name", ["t5", "gpt2", "phi3", "gpt_neox", "falcon", "opt"])
 def test_heads_of_these_lie_otherwise(name: str) -> None:
     """In one layer with others, beside biases for each of them, or where the code has their number."""
@@ -76,20 +98,12 @@ def test_heads_of_these_lie_otherwise(name: str) -> None:
     assert not layers or not drops_groups(model, batches_of(model, [inputs])[0], layers)
 
 
-@pytest.fixture(scope="module")
-def llama() -> tuple[Any, Any, list[Site]]:
-    torch._dynamo.reset()
-    model = ZOO["llama"].build()
-    sites = list(skipc.find_sites(model, ids(), use_cache=False).sites)
-    return model, skipc.compile(model, fullgraph=True, **STRICT), sites
-
-
 @pytest.mark.parametrize("kind", [StaticCache, DynamicCache])
 @pytest.mark.parametrize("skip", [(), ("model.layers.1.self_attn",)])
 @torch.no_grad()
-def test_prefill_and_decode(llama: Any, kind: Any, skip: tuple[str, ...]) -> None:
+def test_prefill_and_decode(decoder: Any, kind: Any, skip: tuple[str, ...]) -> None:
     """Caches keep their shape, whoever made them, and whether they are read or not."""
-    model, compiled, sites = llama
+    model, compiled, sites = decoder
     thin, deaf = without_groups(model, groups_of(sites), 1, skip=skip)
     settings = {"max_cache_len": 24} if kind is StaticCache else {}
     cache, text = kind(config=model.config, **settings), ids(2, 11)
@@ -105,8 +119,8 @@ def test_prefill_and_decode(llama: Any, kind: Any, skip: tuple[str, ...]) -> Non
 
 
 @torch.no_grad()
-def test_generation_runs_attention_as_one_kernel(llama: Any) -> None:
-    model, compiled, sites = llama
+def test_generation_runs_attention_as_one_kernel(decoder: Any) -> None:
+    model, compiled, sites = decoder
     thin, deaf = without_groups(model, groups_of(sites), 0, kv="none")
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[0, :2] = 0

@@ -102,7 +102,7 @@ def test_sites_beside_replaced_ones_keep_their_names(name: str, monkeypatch: pyt
 
 
 @torch.no_grad()
-def test_maps_in_half_precision(llama: Any) -> None:
+def test_maps_in_half_precision(decoder: Any) -> None:
     """Of maps in fp32: they take the dtype of the stream, in whatever the program reads first."""
     torch._dynamo.reset()
     model = ZOO["llama"].build()
@@ -119,14 +119,6 @@ def test_maps_in_half_precision(llama: Any) -> None:
         torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
 
 
-@pytest.fixture(scope="module")
-def llama() -> tuple[Any, Any, list[Site]]:
-    torch._dynamo.reset()
-    model = ZOO["llama"].build()
-    sites = list(skipc.find_sites(model, ids(), use_cache=False).sites)
-    return model, skipc.compile(model, fullgraph=True, **STRICT), sites
-
-
 def in_chunks(call: Any, cache: Any, chunks: list[int]) -> list[torch.Tensor]:
     at, found = 0, []
     text = ids(2, sum(chunks))
@@ -138,9 +130,9 @@ def in_chunks(call: Any, cache: Any, chunks: list[int]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kv", ["project", "none"])
 @torch.no_grad()
-def test_prefill_and_decode_with_replaced_attentions(llama: Any, kv: Any) -> None:
+def test_prefill_and_decode_with_replaced_attentions(decoder: Any, kv: Any) -> None:
     """In the regions of a prompt and in the chains of decoding; keys are written if they are to be, and only then."""
-    model, compiled, sites = llama
+    model, compiled, sites = decoder
     maps = some_of(sites, "lowrank")
     plan = skipc.Plan(replace={n: maps[n] for n in ("model.layers.0.self_attn", "model.layers.1.mlp")}, kv=kv)
     double, chunks = in_double(model, {})[0], [5, 1, 1, 3, 1]
@@ -171,9 +163,9 @@ def test_prefill_and_decode_with_replaced_attentions(llama: Any, kv: Any) -> Non
 
 
 @torch.no_grad()
-def test_growing_caches_keep_their_keys(llama: Any) -> None:
+def test_growing_caches_keep_their_keys(decoder: Any) -> None:
     """The caller counts tokens by them."""
-    model, compiled, sites = llama
+    model, compiled, sites = decoder
     plan = skipc.Plan(replace=some_of(sites, "lowrank"), kv="none")
     cache = DynamicCache(config=model.config)
     with compiled.session(plan=plan):
@@ -185,9 +177,9 @@ def test_growing_caches_keep_their_keys(llama: Any) -> None:
 
 
 @torch.no_grad()
-def test_generation_under_replacements_joins_chains(llama: Any) -> None:
+def test_generation_under_replacements_joins_chains(decoder: Any) -> None:
     """A map of low rank is two links of a chain: no host code between it and its neighbours."""
-    model, compiled, sites = llama
+    model, compiled, sites = decoder
     plan = skipc.Plan(replace={n: r for n, r in some_of(sites, "lowrank").items() if "attn" in n}, kv="none")
     with compiled.session(plan=plan):
         tokens = skipc.generate(compiled, ids(1, 6), max_new_tokens=8, eos_token_id=None)
@@ -209,8 +201,8 @@ def test_generation_under_replacements_joins_chains(llama: Any) -> None:
     assert max(joined, default=0) >= 4
 
 
-def test_what_does_not_fit_is_refused_by_name(llama: Any) -> None:
-    model, compiled, sites = llama
+def test_what_does_not_fit_is_refused_by_name(decoder: Any) -> None:
+    model, compiled, sites = decoder
     other = Source("model.layers.1.input_layernorm", True, 64)
     moved = some_of([dataclasses.replace(sites[0], source=other)], "affine")
     with (
