@@ -29,6 +29,8 @@ Tensor gated_mlp(const Tensor& x, const std::optional<Tensor>& norm, double eps,
                  const std::optional<Tensor>& residual) {
   STD_TORCH_CHECK(x.is_contiguous(), "gated_mlp: x must be contiguous");
   STD_TORCH_CHECK(!residual.has_value() || residual->is_contiguous(), "gated_mlp: residual must be contiguous");
+  STD_TORCH_CHECK(gate.size(1) == x.size(x.dim() - 1), "gated_mlp: a weight of ", gate.size(1), " columns for rows of ",
+                  x.size(x.dim() - 1));
   Tensor out = empty(sizes_like(x, down.size(0)), x.scalar_type());
   const auto run = [&](auto zero) {
     using T = decltype(zero);

@@ -229,6 +229,9 @@ struct GatedMLP {
         norm(pointer<T>(norm)), gate((const T*)gate.const_data_ptr()), up(pointer<T>(up)),
         down((const T*)down.const_data_ptr()), gate_row(gate.stride(0)), up_row(up ? up->stride(0) : gate_row),
         down_row(down.stride(0)), eps(eps) {
+    STD_TORCH_CHECK(gate.size(0) == (up ? inner : 2 * inner) && (!up || (up->size(0) == inner && up->size(1) == K)),
+                    "gated_mlp: weights of ", gate.size(0), " and ", up ? up->size(0) : 0, " neurons before one of ",
+                    inner);
     if (!up) this->up = this->gate + inner * gate_row;  // one weight holds both
   }
 

@@ -150,3 +150,14 @@ def test_gated_mlp(rows: int, width: int, inner: int, activation: str, fused: bo
         (x, norm, 1e-5, gate, up, down, 0, residual),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@needs_compiler
+@pytest.mark.parametrize(("gate", "up", "down"), [(8, 8, 9), (8, 7, 8), (8, None, 8), (8, None, 5)])
+def test_gated_mlp_of_weights_that_do_not_fit(gate: int, up: int | None, down: int) -> None:
+    x, last = torch.randn(2, 16), torch.randn(16, down)
+    second = None if up is None else torch.randn(up, 16)
+    with pytest.raises(RuntimeError, match="neurons before one of"):
+        torch.ops.skipc.gated_mlp(x, None, 0.0, torch.randn(gate, 16), second, last, 0, None)
+    with pytest.raises(RuntimeError, match="15 columns for rows of 16"):
+        torch.ops.skipc.gated_mlp(x, None, 0.0, torch.randn(8, 15), torch.randn(8, 15), torch.randn(16, 8), 0, None)
