@@ -178,7 +178,7 @@ def generate(
     with _bar(progress, max_new_tokens) as advance:
         while True:
             logits = process(tokens[:, : prompt + count], logits.float()) if process else logits
-            new = _draw(logits, generator) if do_sample else logits.argmax(-1)
+            new = draw(logits, generator) if do_sample else logits.argmax(-1)
             new = torch.where(running, new, pad)
             tokens[:, prompt + count] = new
             count += 1
@@ -255,8 +255,21 @@ def _processors(
     return made
 
 
-def _draw(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    return torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
+def draw(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """A token for each row, int64 ``[rows]``, with the probabilities that ``logits``, ``[rows, vocabulary]``, make:
+    where a random number falls among their sums. (``torch.multinomial`` draws a number for each token of the
+    vocabulary, 1.2 ms a row of 49,152 on CPU, a fourteenth of SmolLM2's step.)
+
+    Raises:
+        ValueError: for logits that are not numbers, or that leave no token.
+    """
+    sums = logits.float().softmax(-1).cumsum(-1)
+    total = sums[:, -1:]
+    if not bool(total.isfinite().all()):
+        raise ValueError("there is no token to draw: the logits are not numbers, or all of them are -inf")
+    point = torch.rand(total.shape, generator=generator, device=total.device) * total
+    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))  # never behind the last likely one
+    return torch.searchsorted(sums, point, right=True)[:, 0]
 
 
 def _decoder(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from skipc.runtime import registry
 from skipc.runtime.chaining import chains_of
-from skipc.runtime.generation import cache_length
+from skipc.runtime.generation import cache_length, draw
 from transformers import StaticCache
 
 import skipc
@@ -118,6 +118,33 @@ def test_sampling(llama: tuple[Any, Any]) -> None:
         return logits
 
     assert skipc.generate(compiled, ids, max_new_tokens=1, logits_processor=[never])[0, 7] != greedy[0, 7]
+
+
+def test_draws_have_the_probabilities_of_the_logits() -> None:
+    count = 200_000
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 40, generator=generator) * 2
+    logits[0, ::3] = logits[1, -5:] = logits[2, :7] = -torch.inf
+    for row in logits:
+        drawn = draw(row.expand(count, -1), generator).bincount(minlength=40)
+        expected = row.double().softmax(-1) * count
+        assert not drawn[expected == 0].any()
+        some = expected > 0
+        statistic = float(((drawn[some] - expected[some]) ** 2 / expected[some]).sum())
+        freedom = int(some.sum()) - 1
+        assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_draws_at_the_ends_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.full((2, 9), -torch.inf)
+    logits[0, 3:5], logits[1, 8] = 0.0, 0.0
+    for number, expected in ((0.0, [3, 8]), (0.49, [3, 8]), (0.51, [4, 8]), (1.0, [4, 8])):
+        monkeypatch.setattr(torch, "rand", lambda size, number=number, **_: torch.full(size, number))
+        assert draw(logits, None).tolist() == expected
+    with pytest.raises(ValueError, match="no token to draw"):
+        draw(torch.full((1, 4), -torch.inf), None)
+    with pytest.raises(ValueError, match="no token to draw"):
+        draw(torch.tensor([[0.0, torch.nan]]), None)
 
 
 def test_sessions(llama: tuple[Any, Any]) -> None:
