@@ -9,11 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skipc.adapters.adapter import Adapter, LoRA, merge_adapters
     from skipc.calibration.calibrate import calibrate
     from skipc.calibration.profile import Profile
     from skipc.explanation import Explanation, explain, find_sites
     from skipc.ir.config import Config, list_options
     from skipc.ir.errors import (
+        AdapterError,
         AlreadyCompiledError,
         ConfigError,
         FallbackError,
@@ -56,13 +58,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "skipc.adapters.adapter": ["Adapter", "LoRA", "merge_adapters"],
     "skipc.calibration.calibrate": ["calibrate"],
     "skipc.calibration.profile": ["Profile"],
     "skipc.explanation": ["Explanation", "explain", "find_sites"],
     "skipc.ir.config": ["Config", "list_options"],
     "skipc.ir.errors": [
-        "AlreadyCompiledError", "ConfigError", "FallbackError", "NoResidualStreamError", "PassError", "PlanError",
-        "ProfileError", "SessionError", "SessionThreadError", "SkipcError", "UnknownSiteError", "VersionError",
+        "AdapterError", "AlreadyCompiledError", "ConfigError", "FallbackError", "NoResidualStreamError", "PassError",
+        "PlanError", "ProfileError", "SessionError", "SessionThreadError", "SkipcError", "UnknownSiteError",
+        "VersionError",
     ],
     "skipc.ir.site": ["Reason", "Rejection", "Site", "SiteKind", "SiteReport"],
     "skipc.model": ["CompiledModel", "compile", "session"],
@@ -82,12 +86,13 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "AdaSkip", "Affine", "AlreadyCompiledError", "Call", "CompiledModel", "Config", "ConfigError", "EarlyExit",
-    "Explanation", "FFNSkip", "FallbackError", "GateTable", "Lagged", "LowRank", "NoResidualStreamError", "Observe",
-    "PassError", "Plan", "PlanError", "Policy", "PredictionExit", "Profile", "ProfileError", "Reason", "Rejection",
-    "Route", "Routed", "Session", "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind",
-    "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified", "UnknownSiteError", "VersionError", "Worthwhile",
-    "calibrate", "compile", "explain", "find_sites", "generate", "list_options", "package", "session",
+    "AdaSkip", "Adapter", "AdapterError", "Affine", "AlreadyCompiledError", "Call", "CompiledModel", "Config",
+    "ConfigError", "EarlyExit", "Explanation", "FFNSkip", "FallbackError", "GateTable", "Lagged", "LoRA", "LowRank",
+    "NoResidualStreamError", "Observe", "PassError", "Plan", "PlanError", "Policy", "PredictionExit", "Profile",
+    "ProfileError", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError", "SessionStats",
+    "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified",
+    "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites", "generate",
+    "list_options", "merge_adapters", "package", "session",
 ]  # fmt: skip
 
 

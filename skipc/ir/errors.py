@@ -42,6 +42,10 @@ class ProfileError(SkipcError, ValueError):
     """A calibration profile is damaged, of another version, or for another checkpoint."""
 
 
+class AdapterError(SkipcError, ValueError):
+    """An adapter is damaged, of a kind that is not supported, or for another model."""
+
+
 class SessionError(SkipcError, RuntimeError):
     """A session could not be honoured. Raised rather than running something other than what was asked for."""
 
