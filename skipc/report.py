@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_MARKS = (0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100, 1000, 10_000)  # losses that the axis names
+
+
 @dataclass(frozen=True)
 class Sample:
     """What the model and each plan make of a prompt."""
@@ -122,9 +125,13 @@ def _curve(profile: Profile, baselines: Mapping[str, Any] | None) -> Figure:
         axes.fill_between(x, low, high, alpha=0.2 if own else 0.07)
     axes.set_yscale("symlog", linthresh=0.1)
     axes.set_ylim(bottom=-0.01)
+    highest = max(point[1] for points in curves.values() for point in points)
+    marks = [m for m in _MARKS if m < 2 * highest]
+    axes.set_yticks(marks, [f"{m:,.0%}" for m in marks], minor=False)
+    axes.minorticks_off()
     axes.set_xlabel(f"speed over exact mode ({profile.regime})")
     measure = profile.menu[0].judgement.measure if profile.menu else "perplexity"
-    axes.set_ylabel("perplexity lost, share" if measure == "perplexity" else "1 - cosine of embeddings")
+    axes.set_ylabel("perplexity lost" if measure == "perplexity" else "1 - cosine of embeddings")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure  # type: ignore[no-any-return]

@@ -38,8 +38,8 @@ class Subject:
     Args:
         windows: of the default text to judge by. Where there are chats, half of them are.
         chats: of the default text, conversations that the model writes itself if it can (see
-            :func:`skipc.calibration.chats.chats`): so many to calibrate on, among twice as many windows of
-            documentation.
+            :func:`skipc.calibration.chats.chats`): so many to calibrate on, again and again among windows of
+            documentation, of which there are more.
         kept: a folder that keeps them for the next Subject, in ``chats.safetensors``.
         progress: wraps an iterable, as ``tqdm`` or ``rich`` do.
 
@@ -86,9 +86,8 @@ class Subject:
         self.decodes = causal and hasattr(model, "config") and not getattr(model.config, "is_encoder_decoder", False)
         self.sites: dict[str, Site] = {s.name: s for s in find_sites(model, **self.given[0].inputs).sites}
         self.free = dict(self.sites)
-        # Whether it runs with fewer heads, if known. Prompts join sliding caches in ways of their own.
-        slides = self.decodes and getattr(model.config, "sliding_window", None)
-        self._drops: bool | None = False if slides else None
+        # Whether it runs with fewer heads, if known. Prompts join caches of windows in ways of their own.
+        self._drops: bool | None = False if self.decodes and _has_windows(model.config) else None
 
     def _default_text(self, tokenizer: Any, windows: int, seed: int, count: int) -> None:
         given, judged = calibration_windows(tokenizer, _TOKENS, windows, seed)
@@ -101,7 +100,8 @@ class Subject:
         if written:
             judged = judged[::2]
             self.kinds = ["documentation"] * len(judged) + ["chats"] * len(judged)
-            given = _interleaved(given[: 2 * count], written[len(judged) :])
+            own = written[len(judged) :]
+            given = _interleaved(given, own * max(1, round(len(given) / (2 * count))))
             judged += written[: len(judged)]
         self.given, self.judged = batches_of(self.model, given), batches_of(self.model, judged)
 
@@ -203,6 +203,13 @@ class Subject:
                 if isinstance(value, torch.Tensor):
                     made.update(bytes_of(value))
         return made.hexdigest()[:16]
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether some attentions of a decoder see a part of the context only."""
+    if hasattr(config, "get_text_config"):  # of a model of text and images, say
+        config = config.get_text_config(decoder=True)
+    return any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
 
 
 def _interleaved(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:

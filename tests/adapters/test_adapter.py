@@ -148,6 +148,13 @@ def test_switching_compiles_nothing_and_comes_back_to_the_bit() -> None:
                 torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
             assert torch.equal(first.setdefault(which, found), found)
     assert not torch.allclose(first[0], first[1], atol=1e-2)
+    options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None}
+    greedy = {"do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    for model, plan in zip(models, plans, strict=True):
+        with compiled.session(plan=plan):
+            found = skipc.generate(compiled, prompt, **options)
+        assert torch.equal(found, model.generate(input_ids=prompt, **options, **greedy))
+    assert torch.equal(skipc.generate(compiled, prompt, **options), base.generate(prompt, **options, **greedy))
 
 
 def test_bf16_weights_are_rounded_once() -> None:

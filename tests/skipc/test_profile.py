@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 import skipc
+from skipc.calibration import sampling
 from skipc.calibration.batches import batches_of, call_on
 from skipc.calibration.calibrate import EFFORTS, Effort
-from skipc.calibration.subject import Subject
+from skipc.calibration.costs import Timing
+from skipc.calibration.subject import Subject, _has_windows
 from skipc.ir.plan import RUN, SKIP
 from tests.harness import STRICT, known_times
 from tests.models.zoo import ZOO
@@ -236,10 +241,46 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         skipc.calibrate(ZOO["llama"].build().train(), text())
 
 
+def test_a_window_of_any_part_of_a_model_counts() -> None:
+    whole, part = PretrainedConfig(), PretrainedConfig(sliding_window=4)
+    assert not _has_windows(whole)
+    assert _has_windows(part)
+    assert _has_windows(PretrainedConfig(attention_chunk_size=8))
+    whole.get_text_config = lambda decoder: part if decoder else whole
+    assert _has_windows(whole)
+
+
 @pytest.mark.parametrize(("name", "sizes"), [("llama", {1, 32}), ("mistral", {1}), ("gemma2", {1}), ("bert", {1, 16})])
 def test_attentions_over_sliding_caches_keep_all_their_heads(name: str, sizes: set[int]) -> None:
     subject = Subject(ZOO[name].build(), text(), None, None, 2, 0)
     assert {layer.size for layer in subject.layers.values()} == sizes
+
+
+def test_models_whose_caches_refuse_fewer_heads_keep_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    subject = Subject(ZOO["llama"].build(), text(), None, None, 2, 0)
+    assert any(layer.size > 1 for layer in subject.layers.values())
+
+    def refusing(compiled: Any, regime: Any, plans: Any, rounds: int, batch: Any) -> dict[str, list[float]]:
+        if "fewer heads" in plans:
+            raise skipc.PlanError("the cache is of another shape")
+        return {name: [1.0] * rounds for name in plans}
+
+    monkeypatch.setattr(sampling, "time_calls", refusing)
+    monkeypatch.setattr(
+        sampling, "measure_similarity", lambda *args, **kwargs: SimpleNamespace(similarity={}, scale={})
+    )
+    with caplog.at_level(logging.INFO, "skipc"):
+        found = sampling.sample_calls(subject, subject.regime(None, 1, 1, 63), "none", 3)
+    assert "attention keeps all its heads: the cache is of another shape" in caplog.text
+    assert not found["heads"]
+    assert all(layer.size == 1 for layer in subject.layers.values())
+    assert not any(a.kind == "thin" and "attn" in n for t in found["timings"] for n, a in _actions(t))
+
+
+def _actions(timing: dict[str, Any]) -> list[tuple[str, Any]]:
+    return list(Timing.from_dict(timing).actions.items())
 
 
 @torch.no_grad()
