@@ -3,16 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip
-# Tests of one file stay in one process, so that they share what they compile.
-WORKERS ?= 2
-PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = $(VENV)/bin/python -m pytest
 SOURCES = skipc passes runtime kernels tests benchmarks examples
 
 .PHONY: help demo test test-all check format bench bench-grid clean
 
 help:
 	@echo "make demo      install, then run SmolLM2 under Inductor and under skipc (about 5 minutes on 2 cores)"
-	@echo "make test      install, then run the test suite, two processes side by side (about 20 minutes on 2 cores)"
+	@echo "make test      install, then run the test suite (about half an hour on 2 cores)"
 	@echo "make test-all  the same with the long sweeps"
 	@echo "make check     format, lint and types (on an installed wheel)"
 	@echo "make bench     first call and skipping, side by side with Inductor (about 10 minutes)"

@@ -6,9 +6,6 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:  # about as many processes as cores
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else threads that wait keep others from working
 
 import pytest
 import torch
