@@ -149,7 +149,7 @@ def test_switching_compiles_nothing_and_comes_back_to_the_bit() -> None:
             assert torch.equal(first.setdefault(which, found), found)
     assert not torch.allclose(first[0], first[1], atol=1e-2)
     options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None}
-    greedy = {"do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    greedy = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "disable_compile": True}
     for model, plan in zip(models, plans, strict=True):
         with compiled.session(plan=plan):
             found = skipc.generate(compiled, prompt, **options)
