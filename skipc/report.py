@@ -127,7 +127,7 @@ def _curve(profile: Profile, baselines: Mapping[str, Any] | None) -> Figure:
     axes.set_ylim(bottom=-0.01)
     highest = max(point[1] for points in curves.values() for point in points)
     marks = [m for m in _MARKS if m < 2 * highest]
-    axes.set_yticks(marks, [f"{m:,.0%}" for m in marks], minor=False)
+    axes.set_yticks(marks, [f"{m:,.0%}" for m in marks])
     axes.minorticks_off()
     axes.set_xlabel(f"speed over exact mode ({profile.regime})")
     measure = profile.menu[0].judgement.measure if profile.menu else "perplexity"

@@ -137,8 +137,9 @@ def merge_adapters(model: torch.nn.Module, adapters: Adapter | Mapping[Adapter, 
         AdapterError: for an adapter of another model; and for several that have whole parameters or biases of their
             own for the same layers.
     """
-    given = dict.fromkeys([adapters], 1.0) if isinstance(adapters, Adapter) else adapters
-    factors = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, 1.0)
+    if isinstance(adapters, Adapter):
+        adapters = [adapters]
+    factors = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
     if not factors:
         raise AdapterError("there is no adapter to merge")
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -151,8 +152,8 @@ def merge_adapters(model: torch.nn.Module, adapters: Adapter | Mapping[Adapter, 
     for adapter, factor in factors.items():
         adapter.check(model)
         for path, layer in adapter.layers.items():
-            _, transposed = _weight_of(model, path, adapter.name)
-            delta = factor * layer.delta().to(parameters[f"{path}.weight"].device)
+            weight, transposed = _weight_of(model, path, adapter.name)
+            delta = factor * layer.delta().to(weight.device)
             add(f"{path}.weight", delta.T if transposed else delta)
             if layer.bias is not None:
                 if f"{path}.bias" not in parameters:
@@ -173,18 +174,20 @@ def merge_adapters(model: torch.nn.Module, adapters: Adapter | Mapping[Adapter, 
 
 def _weight_of(model: torch.nn.Module, path: str, adapter: str) -> tuple[torch.Tensor, bool]:
     """The weight of a layer, and whether it is ``[in, out]``."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    module = modules.get(path)
-    if module is None:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
         hint = " (give the base model, not PEFT's)" if hasattr(model, "peft_config") else ""
-        raise AdapterError(f"adapter {adapter!r} has a layer for {path}, {_no_such(path, modules)}{hint}")
-    if isinstance(module, torch.nn.Linear):
-        return module.weight, False
-    if isinstance(module, torch.nn.Embedding) or type(module).__name__ == "Conv1D":  # GPT-2's, of transformers
-        return module.weight, True  # type: ignore[return-value]
-    kind = type(module).__name__
-    raise AdapterError(f"adapter {adapter!r} has a layer for {path}, which is a {kind}: linear layers, Conv1D and "
-                       "embeddings are supported")  # fmt: skip
+        missing = _no_such(path, dict(model.named_modules()))
+        raise AdapterError(f"adapter {adapter!r} has a layer for {path}, {missing}{hint}") from None
+    weight: torch.Tensor | None = getattr(module, "weight", None)
+    kind, plain = type(module).__name__, isinstance(module, torch.nn.Linear)
+    if weight is None or not (plain or isinstance(module, torch.nn.Embedding) or kind == "Conv1D"):  # GPT-2's
+        raise AdapterError(f"adapter {adapter!r} has a layer for {path}, which is a {kind}: linear layers, Conv1D and "
+                           "embeddings are supported")  # fmt: skip
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise AdapterError(f"adapter {adapter!r} has a layer for {path}, which is quantised ({weight.dtype})")
+    return weight, not plain
 
 
 def _no_such(name: str, known: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ _HARMLESS = frozenset({
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora", "velora_config", "megatron_core",
+    "target_modules", "task_type", "use_rslora", "megatron_core",
 })  # fmt: skip
 _REFUSED = {
     "use_dora": "DoRA scales each row of the weight by its norm, which is no low-rank change",
@@ -38,6 +38,7 @@ _REFUSED = {
     "layer_replication": "the adapter belongs to a model of repeated layers",
     "megatron_config": "Megatron's layers are split over devices",
     "loftq_config": "LoftQ's base is quantised",
+    "velora_config": "the tensors that VeLoRA adds are not read",
 }
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # of training, which leave the base weights as they are
 

@@ -18,6 +18,7 @@ _LAST = 0.05  # of the rate, at the end
 _ROWS = 16  # of logits at a time
 
 
+@kept_memory()
 def distill(
     model: torch.nn.Module,
     plan: Plan,
@@ -48,21 +49,20 @@ def distill(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    with kept_memory():
-        for _ in progress(range(steps)) if progress else range(steps):
-            order = order or torch.randperm(len(batches), generator=generator).tolist()
-            batch = batches[order.pop()]
-            with in_half(device_of(model)):
-                with torch.no_grad():
-                    truth = call_on(model, batch)
-                with torch.enable_grad():
-                    student = plan.with_tensors({n: v.to(dtype) for n, v in weights.items()})
-                    loss = divergence(truth, call_on(model, batch, student, frozen=True), batch)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-            optimizer.step()
-            schedule.step()
+    for _ in progress(range(steps)) if progress else range(steps):
+        order = order or torch.randperm(len(batches), generator=generator).tolist()
+        batch = batches[order.pop()]
+        with in_half(device_of(model)):
+            with torch.no_grad():
+                truth = call_on(model, batch)
+            with torch.enable_grad():
+                student = plan.with_tensors({n: v.to(dtype) for n, v in weights.items()})
+                loss = divergence(truth, call_on(model, batch, student, frozen=True), batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        schedule.step()
     return plan.with_tensors({name: value.detach().to(dtype) for name, value in weights.items()})
 
 

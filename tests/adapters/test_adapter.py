@@ -250,6 +250,10 @@ def test_models_that_do_not_fit_are_refused() -> None:
         Adapter("odd", {"x": LoRA(torch.ones(2, 9), torch.ones(64, 3), 1.0)})
     with pytest.raises(skipc.AdapterError, match="is empty"):
         Adapter("none", {})
+    scaled = ZOO["llama"].build()
+    scaled.get_submodule(path).to(torch.float8_e4m3fn)  # as bases are whose scales lie elsewhere
+    with pytest.raises(skipc.AdapterError, match=r"which is quantised \(torch\.float8_e4m3fn\)"):
+        merge_adapters(scaled, adapter)
     whole = [Adapter(n, {}, {"model.norm.weight": torch.ones(64)}) for n in "ab"]
     with pytest.raises(skipc.AdapterError, match="which cannot be mixed"):
         merge_adapters(ZOO["llama"].build(), whole)
