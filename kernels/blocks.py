@@ -8,16 +8,18 @@ import torch
 from skipc.kernels.attention import attention_reference
 from skipc.kernels.library import library
 from skipc.kernels.linear import skinny_linear
+from skipc.kernels.lora import OPERANDS, Lora
 
 library.define(
     "attention_block(Tensor x, Tensor? norm, float eps, Tensor[] projections, Tensor?[] biases, Tensor? q_norm, "
     "Tensor? k_norm, float head_eps, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
     "Tensor? mask, Tensor? live, bool causal, float scale, float softcap, Tensor out, Tensor? out_bias, "
-    "Tensor? residual) -> Tensor"
+    "Tensor? residual, Tensor?[] lora) -> Tensor"
 )
 library.define(
     "cache_block(Tensor x, Tensor? norm, float eps, Tensor[] projections, Tensor?[] biases, Tensor? k_norm, "
-    "float head_eps, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, Tensor position) -> ()"
+    "float head_eps, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
+    "Tensor?[] lora) -> ()"
 )
 library.define(
     "copy_rows(Tensor from_keys, Tensor from_values, Tensor(a!) keys, Tensor(b!) values, Tensor position, int tokens) "
@@ -74,6 +76,7 @@ def attention_block(
     out: torch.Tensor,
     out_bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    lora: Lora = (),
 ) -> torch.Tensor:
     """An attention sublayer over a cache that it first extends: norm, projections, rotation, attention, output, sum.
 
@@ -90,6 +93,7 @@ def attention_block(
         mask, live, causal, scale, softcap: as in :func:`attention_reference`.
         out, out_bias: ``[n, heads * dim]`` and ``[n]``.
         residual: added, ``[batch, tokens, n]``; or None.
+        lora: adapters of the projections and of ``out``; see :mod:`skipc.kernels.lora`.
 
     Returns:
         ``[batch, tokens, n]``. Everything between ``x`` and what is written is computed in fp32.
@@ -98,7 +102,7 @@ def attention_block(
         RuntimeError: for a position outside the cache (IndexError from the reference).
     """
     batch, tokens, _ = x.shape
-    projected = skinny_linear(x.float(), [w.float() for w in projections], biases, _wide(norm), eps)
+    projected = skinny_linear(x.float(), [w.float() for w in projections], biases, _wide(norm), eps, None, lora)
     queries = out.shape[1] // values.shape[-1] * keys.shape[-1]
     keys, values = _of_heads(projected.shape[-1] - queries, keys, values)
     q, k, v = split_heads(projected, keys, values)
@@ -106,7 +110,8 @@ def attention_block(
     q = _turned(q, q_norm, head_eps, cos, sin)
     mixed = attention_reference(q, keys, values, mask, live, causal, scale, softcap)
     rows = mixed.transpose(1, 2).reshape(batch, tokens, -1)
-    made = skinny_linear(rows, [out.float()], [_wide(out_bias)], residual=_wide(residual))
+    last = lora[OPERANDS * len(projections) :]
+    made = skinny_linear(rows, [out.float()], [_wide(out_bias)], residual=_wide(residual), lora=last)
     return made.to(x.dtype)
 
 
@@ -123,10 +128,11 @@ def cache_block(
     keys: torch.Tensor,
     values: torch.Tensor,
     position: torch.Tensor,
+    lora: Lora = (),
 ) -> None:
     """What :func:`attention_block` writes to the cache, alone: what is left of a skipped attention whose keys and
     values later tokens attend to. ``projections`` make keys and values."""
-    projected = skinny_linear(x.float(), [w.float() for w in projections], biases, _wide(norm), eps)
+    projected = skinny_linear(x.float(), [w.float() for w in projections], biases, _wide(norm), eps, None, lora)
     keys, values = _of_heads(projected.shape[-1], keys, values)
     _, k, v = split_heads(projected, keys, values)
     _write(_turned(k, k_norm, head_eps, cos, sin), v, keys, values, position)

@@ -67,7 +67,7 @@ class Links:
     Attributes:
         tensors: ``T`` of the caller's choice for each tensor operand, None for what is left out.
         code: for each link its kind, then, but for counters, whose result it reads and adds (:data:`ENTRY` for the
-            chain's input), and its whole numbers.
+            chain's input), how many operands its adapters are, and its whole numbers.
         numbers: for each link its real numbers.
         results: how many links have a result.
     """
@@ -80,34 +80,34 @@ class Links:
     def attention(self, x: int, residual: int, arguments: Sequence[Any]) -> int:
         """Append an ``attention_block`` with these arguments (its first and last are ``x`` and ``residual``)."""
         (_, norm, eps, weights, biases, q_norm, k_norm, head_eps, cos, sin, keys, values, position, mask, live, causal,
-         scale, softcap, out, out_bias, _) = arguments  # fmt: skip
-        self.code += [ATTENTION, x, residual, len(weights), int(causal)]
+         scale, softcap, out, out_bias, _, *lora) = arguments  # fmt: skip
+        self.code += [ATTENTION, x, residual, len(_flat(lora)), len(weights), int(causal)]
         self.tensors += [norm, *weights, *biases, q_norm, k_norm, cos, sin, keys, values, position, mask, live]
-        self.tensors += [out, out_bias]
+        self.tensors += [out, out_bias, *_flat(lora)]
         self.numbers += [eps, head_eps, scale, softcap]
         return self._result()
 
     def mlp(self, x: int, residual: int, arguments: Sequence[Any]) -> int:
         """Append a ``gated_mlp``."""
-        _, norm, eps, gate, up, down, activation, _ = arguments
-        self.code += [MLP, x, residual, activation]
-        self.tensors += [norm, gate, up, down]
+        _, norm, eps, gate, up, down, activation, _, *lora = arguments
+        self.code += [MLP, x, residual, len(_flat(lora)), activation]
+        self.tensors += [norm, gate, up, down, *_flat(lora)]
         self.numbers += [eps]
         return self._result()
 
     def linear(self, x: int, residual: int, arguments: Sequence[Any]) -> int:
         """Append a ``skinny_linear``."""
-        _, weights, biases, norm, eps, _ = arguments
-        self.code += [LINEAR, x, residual, len(weights)]
-        self.tensors += [norm, *weights, *biases]
+        _, weights, biases, norm, eps, _, *lora = arguments
+        self.code += [LINEAR, x, residual, len(_flat(lora)), len(weights)]
+        self.tensors += [norm, *weights, *biases, *_flat(lora)]
         self.numbers += [eps]
         return self._result()
 
     def cache(self, x: int, arguments: Sequence[Any]) -> None:
         """Append a ``cache_block``."""
-        _, norm, eps, weights, biases, k_norm, head_eps, cos, sin, keys, values, position = arguments
-        self.code += [CACHE, x, len(weights)]
-        self.tensors += [norm, *weights, *biases, k_norm, cos, sin, keys, values, position]
+        _, norm, eps, weights, biases, k_norm, head_eps, cos, sin, keys, values, position, *lora = arguments
+        self.code += [CACHE, x, len(_flat(lora)), len(weights)]
+        self.tensors += [norm, *weights, *biases, k_norm, cos, sin, keys, values, position, *_flat(lora)]
         self.numbers += [eps, head_eps]
 
     def copy(self, arguments: Sequence[Any]) -> None:
@@ -137,6 +137,11 @@ class Links:
     def _result(self) -> int:
         self.results += 1
         return self.results - 1
+
+
+def _flat(lora: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    """The adapters among a kernel's arguments, which may be left out."""
+    return lora[0] if lora else ()
 
 
 def chain(
@@ -199,10 +204,11 @@ class _Interpreter:
             counter.add_(amount)
 
     def _cache(self, runs: bool) -> None:
-        source, parts, eps, head_eps = self._stream(), self._whole(), self.real(), self.real()
+        source, adapters, parts, eps, head_eps = self._stream(), self._whole(), self._whole(), self.real(), self.real()
         norm, weights, biases, rest = self.tensor(), self._several(parts), self._several(parts), self._several(6)
+        lora = self._several(adapters)
         if runs:
-            torch.ops.skipc.cache_block(source, norm, eps, weights, biases, rest[0], head_eps, *rest[1:])
+            torch.ops.skipc.cache_block(source, norm, eps, weights, biases, rest[0], head_eps, *rest[1:], lora)
 
     def _copy(self, runs: bool) -> None:
         tokens, operands = self._whole(), self._several(5)
@@ -210,9 +216,11 @@ class _Interpreter:
             torch.ops.skipc.copy_rows(*operands, tokens)
 
     def _attention(self, runs: bool) -> None:
-        source, residual, parts, causal = self._stream(), self._stream(), self._whole(), bool(self._whole())
+        source, residual, adapters = self._stream(), self._stream(), self._whole()
+        parts, causal = self._whole(), bool(self._whole())
         eps, head_eps, *scales = (self.real() for _ in range(4))
         norm, weights, biases, rest = self.tensor(), self._several(parts), self._several(parts), self._several(11)
+        lora = self._several(adapters)
         self._result(
             runs,
             lambda: torch.ops.skipc.attention_block(
@@ -228,18 +236,21 @@ class _Interpreter:
                 *scales,
                 *rest[9:],
                 residual,
+                lora,
             ),
         )
 
     def _linear(self, runs: bool) -> None:
-        source, residual, parts, norm = self._stream(), self._stream(), self._whole(), self.tensor()
-        weights, biases, eps = self._several(parts), self._several(parts), self.real()
-        self._result(runs, lambda: torch.ops.skipc.skinny_linear(source, weights, biases, norm, eps, residual))
+        source, residual, adapters, parts = self._stream(), self._stream(), self._whole(), self._whole()
+        norm, weights, biases, eps = self.tensor(), self._several(parts), self._several(parts), self.real()
+        lora = self._several(adapters)
+        self._result(runs, lambda: torch.ops.skipc.skinny_linear(source, weights, biases, norm, eps, residual, lora))
 
     def _mlp(self, runs: bool) -> None:
-        source, residual, activation, eps = self._stream(), self._stream(), self._whole(), self.real()
-        norm, gate, up, down = self._several(4)
-        self._result(runs, lambda: torch.ops.skipc.gated_mlp(source, norm, eps, gate, up, down, activation, residual))
+        source, residual, adapters = self._stream(), self._stream(), self._whole()
+        activation, eps, (norm, gate, up, down) = self._whole(), self.real(), self._several(4)
+        rest = activation, residual, self._several(adapters)
+        self._result(runs, lambda: torch.ops.skipc.gated_mlp(source, norm, eps, gate, up, down, *rest))
 
     def _result(self, runs: bool, make: Callable[[], torch.Tensor]) -> None:
         self.results.append(make() if runs else None)

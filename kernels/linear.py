@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from skipc.kernels.library import library
+from skipc.kernels.lora import Lora, add_lora
 
 # More rows are bound by arithmetic, where a blocked matrix product wins (oneDNN's for bf16, earlier).
 MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8}
@@ -14,16 +15,23 @@ MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}
 
 library.define(
-    "skinny_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? norm, float eps, Tensor? residual) -> Tensor"
+    "skinny_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? norm, float eps, Tensor? residual, "
+    "Tensor?[] lora) -> Tensor"
 )
 library.define(
     "gated_mlp(Tensor x, Tensor? norm, float eps, Tensor gate, Tensor? up, Tensor down, int activation, "
-    "Tensor? residual) -> Tensor"
+    "Tensor? residual, Tensor?[] lora) -> Tensor"
 )
 
 
 def _normed(x: torch.Tensor, norm: torch.Tensor | None, eps: float) -> torch.Tensor:
     return x.float() if norm is None else F.rms_norm(x.float(), x.shape[-1:], norm.float(), eps)
+
+
+def _adapted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora: Lora, at: int) -> torch.Tensor:
+    out = F.linear(x, weight.float(), bias)
+    add_lora(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), lora, at)
+    return out
 
 
 def skinny_linear(
@@ -33,6 +41,7 @@ def skinny_linear(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
+    lora: Lora = (),
 ) -> torch.Tensor:
     """``cat([rms_norm(x) @ w.T + b for each weight], dim=-1) + residual`` without a copy of the weights.
 
@@ -43,12 +52,16 @@ def skinny_linear(
         norm: weight ``[k]`` of an RMS norm of ``x`` (Zhang and Sennrich, arXiv 1910.07467); None for no norm.
         eps: of the norm.
         residual: added, ``[..., sum(n_i)]``, contiguous; or None.
+        lora: adapters of the weights, of their dtype; see :mod:`skipc.kernels.lora`.
 
     Returns:
         ``[..., sum(n_i)]``, computed in fp32 and rounded once. A row's result does not depend on the other rows.
     """
     rows = _normed(x, norm, eps)
-    parts = [F.linear(rows, w.float(), None if b is None else b.float()) for w, b in zip(weights, biases, strict=True)]
+    parts = [
+        _adapted(rows, w, None if b is None else b.float(), lora, i)
+        for i, (w, b) in enumerate(zip(weights, biases, strict=True))
+    ]
     out = torch.cat(parts, dim=-1)
     return (out if residual is None else out + residual.float()).to(x.dtype)
 
@@ -62,6 +75,7 @@ def gated_mlp(
     down: torch.Tensor,
     activation: int,
     residual: torch.Tensor | None,
+    lora: Lora = (),
 ) -> torch.Tensor:
     """``(act(h @ gate.T) * (h @ up.T)) @ down.T + residual`` with ``h = rms_norm(x)`` (Shazeer, arXiv 2002.05202).
 
@@ -70,16 +84,19 @@ def gated_mlp(
         gate, up: ``[inner, k]``; or ``gate`` is both, one below the other, ``[2 * inner, k]``, and ``up`` is None.
         down: ``[n, inner]``.
         activation: a value of :data:`ACTIVATIONS`.
+        lora: adapters of gate, up and down.
 
     Returns:
         ``[..., n]``, computed in fp32 and rounded once.
     """
     rows = _normed(x, norm, eps)
+    gates = _adapted(rows, gate, None, lora, 0)
     if up is None:
-        gate, up = gate.chunk(2)
-    gates = F.linear(rows, gate.float())
+        gates, ups = gates.chunk(2, dim=-1)
+    else:
+        ups = _adapted(rows, up, None, lora, 1)
     acts = (F.silu(gates), F.gelu(gates, approximate="tanh"), F.relu(gates))
-    out = F.linear(acts[activation] * F.linear(rows, up.float()), down.float())
+    out = _adapted(acts[activation] * ups, down, None, lora, 2)
     return (out if residual is None else out + residual.float()).to(x.dtype)
 
 

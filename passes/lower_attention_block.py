@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from skipc.kernels.blocks import rotate, split_heads
+from skipc.kernels.lora import OPERANDS
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.evaluate import EXACT, evaluate, is_static, leaves_of, random_values, same_values
@@ -22,15 +23,15 @@ class LowerAttentionBlock(Pass):
 
     Before::
 
-        %p : f32[1, 1, 128] = skipc.skinny_linear(%x, [%wq, %wk, %wv], [None, None, None], %n, 1e-6, None)
+        %p : f32[1, 1, 128] = skipc.skinny_linear(%x, [%wq, %wk, %wv], [None, None, None], %n, 1e-6, None, [])
         %q : f32[1, 4, 1, 16] = %p[..., :64] viewed by heads * cos + rotate_half(...) * sin
         %w : f32[1, 2, 32, 16] = index_copy_(%keys, 2, %count + arange(1), %k)
         %a : f32[1, 4, 1, 16] = skipc.decode_attention(%q, %keys, %values, %mask, %live, False, 0.25, 0.0)
-        %y : f32[1, 1, 64] = skipc.skinny_linear(%a viewed by tokens, [%wo], [None], None, 0.0, %x)
+        %y : f32[1, 1, 64] = skipc.skinny_linear(%a viewed by tokens, [%wo], [None], None, 0.0, %x, [])
 
     After::
 
-        %y : f32[1, 1, 64] = skipc.attention_block(%x, %n, 1e-6, [%wq, %wk, %wv], ..., %keys, %values, %count, ..., %x)
+        %y : f32[1, 1, 64] = skipc.attention_block(%x, %n, 1e-6, [%wq, %wk, %wv], ..., %keys, %values, ..., %x, [])
 
     What a skipped attention leaves, keys and values written to the cache, becomes a ``skipc.cache_block`` likewise.
 
@@ -270,22 +271,31 @@ def _roles(
 
 def _rewrite(graph: fx.Graph, block: _Block) -> None:
     ops = torch.ops.skipc
-    x, weights, biases, norm, eps, _ = block.projection.args
-    weights, biases = ([list(given)[i] for i in block.order] for given in (weights, biases))  # type: ignore[arg-type]
+    given: Any = block.projection.args
+    x, weights, biases, norm, eps, _, lora = given
+    weights, biases = ([list(values)[i] for i in block.order] for values in (weights, biases))
+    parts = [lora[OPERANDS * i : OPERANDS * (i + 1)] for i in block.order]
     keys, values = (cache_of(w.args[0]) for w in block.writes)  # type: ignore[arg-type]
     source, cache = (x, norm, eps, weights, biases), (block.cos, block.sin, keys, values, block.position)
     last = block.output if block.output is not None else next(iter(reversed(graph.nodes)))
     with graph.inserting_before(last):
         if block.attention is None or block.output is None:
-            made = graph.call_function(ops.cache_block.default, (*source, block.k_norm, block.head_eps, *cache))
+            adapters = [t for part in parts for t in part] + list(lora[-2:])
+            made = graph.call_function(
+                ops.cache_block.default, (*source, block.k_norm, block.head_eps, *cache, adapters)
+            )
         else:
             _, _, _, mask, live, causal, scale, softcap = block.attention.args
-            given: Any = block.output.args
-            _, (out,), (out_bias,), _, _, residual = given
+            given = block.output.args
+            _, (out,), (out_bias,), _, _, residual, last = given
+            if lora or last:
+                none: list[Any] = [None] * OPERANDS
+                parts = [part or none for part in parts] + [last[:OPERANDS] or none]
+            adapters = [t for part in parts for t in part] + list((lora or last)[-2:])
             made = graph.call_function(
                 ops.attention_block.default,
                 (*source, block.q_norm, block.k_norm, block.head_eps, *cache, mask, live, causal, scale, softcap,
-                 out, out_bias, residual),
+                 out, out_bias, residual, adapters),
             )  # fmt: skip
     made.meta = labels_of(block.writes[0])
     infer(made)

@@ -13,7 +13,7 @@ from skipc.passes.dataflow import Dataflow
 from skipc.passes.evaluate import EXACT, evaluate, random_values, same_values
 from skipc.passes.fx_edit import erase_unused, infer, labels_of
 from skipc.passes.ops import argument, op_name
-from skipc.passes.skinny import bias_of, drop_copies, is_skinny, norm_before, sum_after
+from skipc.passes.skinny import adapters_of, bias_of, drop_copies, is_skinny, norm_before, sum_after
 from torch import fx
 
 
@@ -30,7 +30,7 @@ class LowerGatedMLP(Pass):
 
     After::
 
-        %y : f32[1, 1, 64] = skipc.gated_mlp(%x, %n, 1e-5, %wg, %wu, %wd, 0, %x)
+        %y : f32[1, 1, 64] = skipc.gated_mlp(%x, %n, 1e-5, %wg, %wu, %wd, 0, %x, [])
 
     One layer for both, whose result is split in halves (as in Phi-3), is read as it is: ``%up`` is then None.
 
@@ -63,7 +63,7 @@ class LowerGatedMLP(Pass):
         total = sum_after(mlp.result)
         last, residual = total if total is not None else (mlp.result, None)
         with graph.inserting_before(last):
-            arguments = (*source, *mlp.weights, ACTIVATIONS[mlp.activation], residual)
+            arguments = (*source, *mlp.weights, ACTIVATIONS[mlp.activation], residual, mlp.adapters)
             made = graph.call_function(torch.ops.skipc.gated_mlp.default, arguments)
             made.meta = labels_of(mlp.result)
             infer(made)
@@ -82,6 +82,13 @@ class GatedMLP:
     activation: str
     readers: list[fx.Node]
     result: fx.Node
+
+    @property
+    def adapters(self) -> list[Any]:
+        """Of its weights, as the kernel takes them."""
+        return adapters_of(
+            [*self.readers, None, self.result] if self.weights[1] is None else [*self.readers, self.result]
+        )
 
 
 def read_gated_mlp(node: Any) -> GatedMLP | None:

@@ -9,7 +9,7 @@ from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import erase_unused, infer, labels_of
 from skipc.passes.ops import tensor
-from skipc.passes.skinny import bias_of, drop_copies, is_skinny, native_rows, norm_before, sum_after
+from skipc.passes.skinny import adapters_of, bias_of, drop_copies, is_skinny, native_rows, norm_before, sum_after
 from torch import fx
 
 
@@ -25,7 +25,7 @@ class LowerLinears(Pass):
 
     After::
 
-        %qk : bf16[1, 1, 80] = skipc.skinny_linear(%x, [%wq, %wk], [None, None], %n, 1e-5, None)
+        %qk : bf16[1, 1, 80] = skipc.skinny_linear(%x, [%wq, %wk], [None, None], %n, 1e-5, None, [])
         %q : bf16[1, 1, 64] = narrow(%qk, -1, 0, 64)
         %k : bf16[1, 1, 16] = narrow(%qk, -1, 64, 16)
 
@@ -68,7 +68,8 @@ class LowerLinears(Pass):
             last, residual = total
         with graph.inserting_before(last):
             made = graph.call_function(
-                torch.ops.skipc.skinny_linear.default, (*source, residual if total is not None else None)
+                torch.ops.skipc.skinny_linear.default,
+                (*source, residual if total is not None else None, adapters_of(linears)),
             )
             made.meta = labels_of(first)
             infer(made)

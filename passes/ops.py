@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 HEAVY = frozenset(
     [
         "linear",
+        "lora_linear",
         "matmul",
         "__matmul__",
         "mm",

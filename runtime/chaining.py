@@ -11,6 +11,8 @@ from skipc.kernels.chain import ENTRY, NOTHING, BoundChain, Gates, Links
 
 from skipc.ir.program import Arm, Input, KernelCall, KVPolicy, ProgramSpec, Result, Step, Var
 
+_RESIDUAL = {"skinny_linear": 5, "gated_mlp": 7, "attention_block": 20}  # among a kernel's arguments
+
 BoundCall = Callable[..., torch.Tensor]  # (entry, operands, trusted, gates)
 
 
@@ -231,7 +233,7 @@ class _Builder:
             self.links.copy(arguments)
             self.written |= dict.fromkeys(arguments[2:4])
             return not self.counted.intersection(arguments[:5]) and not any(a in self.values for a in arguments[:5])
-        x, residual = arguments[0], None if call.name == "cache_block" else arguments[-1]
+        x, residual = arguments[0], None if call.name == "cache_block" else arguments[_RESIDUAL[call.name]]
         if self.entry is None:
             self.entry = x
             self.values[x] = ENTRY

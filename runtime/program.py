@@ -21,6 +21,7 @@ from skipc.runtime.replay import note_call
 from skipc.runtime.rows import gathered, queried, unseen
 from skipc.runtime.variants import CompileFor, Variants
 
+from skipc.ir.adapters import Bank, Wanted
 from skipc.ir.errors import PassError, PlanError
 from skipc.ir.plan import Plan
 from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Size, Step, Var
@@ -61,12 +62,17 @@ class Program:
         partial: str | None = None,
         huge_pages: bool = False,
         compile_for: CompileFor | None = None,
+        bank: Bank | None = None,
     ):
         self.spec = spec
         self.functions = tuple(functions)
         self.default_kv = default_kv
         self.partial = partial  # why this graph is not the whole model, if so
         self.huge_pages = huge_pages
+        self.bank = bank if spec.adapted else None
+        layers = bank.layers if bank is not None else {}
+        self._adapters = tuple(t for path in spec.adapted for t in layers[path].tensors)
+        self._model_inputs = tuple(i for i in spec.parameters if i < spec.given) if spec.given >= 0 else spec.parameters
         self.variants = Variants(self, compile_for)
         self.plan: Plan | None = None  # what calls run under, unless their session brings a plan
         self.exact: Arms = (0,) * len(spec.steps)
@@ -109,9 +115,15 @@ class Program:
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         session = sessions.session_for(self.parameters_of(inputs)) if sessions.any_open() else None
-        outputs = self._alone(inputs) if session is None else session.call(self, inputs)
+        every = inputs if self.bank is None else self._with(inputs, session.wanted_of(self) if session else None)
+        outputs = self._alone(every) if session is None else session.call(self, every)
         note_call(self, inputs, outputs)
         return outputs
+
+    def _with(self, inputs: Sequence[Any], wanted: Wanted | None) -> tuple[Any, ...]:
+        """All inputs: those of a call, what the bank holds, and what rows want of it."""
+        assert self.bank is not None
+        return (*inputs, *self._adapters, *(wanted or self.bank.nobody).tensors)
 
     def _alone(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """A call without a session."""
@@ -132,12 +144,15 @@ class Program:
             return self.arms_for(names, "project")
 
     def repeated(self, inputs: Sequence[Any]) -> Repeated:
-        """The program on inputs that stay."""
-        return Repeated(self, inputs)
+        """The program on inputs of a call that stay."""
+        if self.bank is None:
+            return Repeated(self, inputs)
+        wanted = self.bank.blank()
+        return Repeated(self, self._with(inputs, wanted), wanted)
 
     def parameters_of(self, inputs: Sequence[Any]) -> list[int]:
         """Identities of the parameters and buffers in a call: which instance of the model it is."""
-        return [id(inputs[i]) for i in self.spec.parameters]
+        return [id(inputs[i]) for i in self._model_inputs]
 
     def device_of(self, inputs: Sequence[Any]) -> torch.device | None:
         """Where a call runs: compiled code stays on its device."""
@@ -157,7 +172,7 @@ class Program:
             outputs, _ = self._walk(inputs, how)
         elif program is None:
             if self.huge_pages and not self._bound:
-                back_with_huge_pages(inputs[i] for i in self.spec.parameters)
+                back_with_huge_pages(inputs[i] for i in self._model_inputs)
             outputs, _ = self._walk(inputs, how)  # looks at what each region is given
             _make_room(self._bound)
             self._bound[selection] = self._bind(selection)
@@ -290,10 +305,13 @@ class Program:
 
 
 class Repeated:
-    """A program on inputs that stay, called again and again under the session in force at each call."""
+    """A program on inputs that stay, called again and again under the session in force at each call. ``wanted``: those
+    inputs that say what its rows want of a bank."""
 
-    def __init__(self, program: Program, inputs: Sequence[Any]):
+    def __init__(self, program: Program, inputs: Sequence[Any], wanted: Wanted | None = None):
         self.program, self.inputs = program, inputs
+        self._wanted = wanted
+        self._want: Wanted | None = None  # what it says, of a session
         self._parameters = program.parameters_of(inputs)
         self._steps: dict[Selection, BoundProgram] = {}
         self._under: weakref.WeakKeyDictionary[Plan, dict[KVPolicy, Repeated]] = weakref.WeakKeyDictionary()
@@ -306,6 +324,8 @@ class Repeated:
             for other in (r for by_kv in self._under.values() for r in by_kv.values()):
                 other._checked.clear()
         session = sessions.session_for(self._parameters) if sessions.any_open() else None
+        if self._wanted is not None:
+            self._choose(session.wanted_of(self.program) if session is not None else None)
         if session is not None:
             return session.call(self.program, self.inputs, self)
         plan = self.program.plan
@@ -314,12 +334,20 @@ class Repeated:
         other = self.under(plan, plan.kv or self.program.default_kv)
         return other.run(other.program.arms_under(plan))
 
+    def _choose(self, want: Wanted | None) -> None:
+        """Say in this program's own tensors what rows want, if that is not what they say."""
+        assert self._wanted is not None
+        assert self.program.bank is not None
+        if want is not self._want:
+            self._wanted.become(want or self.program.bank.nobody)
+            self._want = want
+
     def under(self, plan: Plan, kv: KVPolicy) -> Repeated:
         """The same for the weights and replacements of a plan; see :meth:`Variants.under`."""
         made = self._under.setdefault(plan, {})
         if kv not in made:
             program, inputs = self.program.variants.under(plan, self.inputs, kv)
-            made[kv] = program.repeated(inputs)
+            made[kv] = Repeated(program, inputs)
         return made[kv]
 
     def run(self, how: Arms | GatedCall) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from skipc.runtime.registry import compilations, known_sites
 from skipc.runtime.session_stats import SessionStats
 from skipc.runtime.steering import Steering
 
+from skipc.ir.adapters import Wanted
 from skipc.ir.errors import FallbackError, PlanError, SessionError, SessionThreadError, UnknownSiteError, nearest
 from skipc.ir.gating import GateTable
 from skipc.ir.plan import Plan
@@ -32,6 +33,8 @@ from skipc.ir.route import Route
 if TYPE_CHECKING:
     from skipc.runtime.gating import GatedCall
     from skipc.runtime.program import Arms, Measurement, Program, Repeated
+
+    from skipc.adapters.bank import AdapterBank, Lease, Rows
 
 _MOST_UNCOUNTED = 64
 
@@ -54,8 +57,12 @@ class Session:
         plan: sites to skip, and weights to run with in the place of the model's. It goes with all of the above, where
             it skips nothing. None: that of the preset that the model was compiled with, if so; ``Plan()`` is the whole
             model.
+        adapters: what rows of a call want of the model's bank: for each row a name, None for the base model, or several
+            names with a factor for each; or one name, or several with factors, for all rows.
+        bank: that the model was compiled with. (Handles of :func:`skipc.compile` know it.)
 
     Raises:
+        AdapterError: on entering, for an adapter that is not loaded, or if no slot is free.
         UnknownSiteError: for a name that the model has no site of.
         PlanError: at the first call, if ``kv`` would give wrong answers.
         SessionError: on leaving, if a site to skip was never reached, or a weight of the plan never used.
@@ -71,6 +78,8 @@ class Session:
         record: bool = False,
         route: Route | None = None,
         plan: Plan | None = None,
+        adapters: Rows | None = None,
+        bank: AdapterBank | None = None,
     ):
         if isinstance(skip, str):
             raise TypeError("skip is a collection of site names, not one string")
@@ -106,6 +115,14 @@ class Session:
         self._unused = {*plan.weights, *plan.replace} if plan is not None else set()
         self._checked: set[Program] = set()
         self._lock = threading.RLock()  # a policy may ask for statistics
+        if adapters is not None and bank is None:
+            raise SessionError("adapters come from a bank: skipc.compile(model, adapters=skipc.AdapterBank(model))")
+        if adapters is not None and plan is not None and plan.expected is not None:
+            raise PlanError("the loss of this plan was measured without adapters: calibrate the model with the adapter "
+                            "merged into it")  # fmt: skip
+        self._rows, self._bank = adapters, bank
+        self._lease: Lease | None = None
+        self._unadapted: dict[str, str] = {}  # layers that no call had yet, and an adapter that changes them
         known = known_sites(self.parameters)
         if known:
             self._check_names(known)
@@ -116,6 +133,10 @@ class Session:
         with _lock:
             if self in _open:
                 raise SessionError("this session is open already")
+        if self._rows is not None and self._bank is not None:
+            self._lease = self._bank.lease(self._rows)
+            self._unadapted = dict(self._lease.paths)
+        with _lock:
             _open.append(self)
             self._compilations = compilations(self.parameters)
         _stack.set((*_stack.get(), self))
@@ -126,12 +147,18 @@ class Session:
         with _lock:
             _open.remove(self)
             self._compilations = compilations(self.parameters) - self._compilations
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
         if kind is not None:
             return
         if not self.calls:
             warnings.warn("this session saw no call of a compiled model: nothing was skipped", stacklevel=2)
         elif self._unreached:
             raise SessionError(f"never reached, so never skipped: {', '.join(sorted(self._unreached))}")
+        elif self._unadapted:
+            path, name = next(iter(self._unadapted.items()))
+            raise SessionError(f"of adapter {name!r}, no call had a use for what it adds to {path}")
         elif self._unused:
             raise SessionError(f"of the plan, no call had a use for: {', '.join(sorted(self._unused))}")
 
@@ -179,6 +206,9 @@ class Session:
             self._check(program, inputs)
         preset = program.plan if self.plan is None else None
         plan = preset or self.plan
+        if self._lease is not None and preset is not None and self._lease.paths:
+            raise SessionError("the preset's plan was calibrated without adapters: open the session with "
+                               "plan=skipc.Plan() to run the whole model")  # fmt: skip
         if plan is not None and not plan.whole:
             if self._unused:
                 self._unused -= {name for name, _ in program.spec.weights} | program.site_names
@@ -188,6 +218,8 @@ class Session:
                 program, inputs = repeated.program, repeated.inputs
             else:
                 program, inputs = program.variants.under(plan, inputs, under)
+        if self._lease is not None:
+            self._check_adapters(self._lease, program, inputs)
         run = repeated.run if repeated is not None else None
         kv = self.kv or program.default_kv
         if self.steering is not None:
@@ -204,6 +236,25 @@ class Session:
         with self._lock:
             self._measured += measured
         return outputs
+
+    def wanted_of(self, program: Program) -> Wanted | None:
+        """What the rows of a call want; None if nothing."""
+        if self._lease is None:
+            return None
+        if program.bank is not self._lease.bank:
+            raise SessionError("the model was compiled with another bank of adapters than this session's")
+        return self._lease.wanted
+
+    def _check_adapters(self, lease: Lease, program: Program, inputs: Sequence[Any]) -> None:
+        batch = program.extent(inputs)[0]
+        if lease.rows is not None and batch and batch != lease.rows:
+            raise SessionError(f"the session has adapters for {lease.rows} rows, and the call has {batch}")
+        lost = lease.paths.keys() & set(program.spec.adapted) - program.spec.attached
+        if lost:
+            path = min(lost)
+            raise PlanError(f"the plan changes the shape of {path}, which adapter {lease.paths[path]!r} adds to")
+        if self._unadapted:
+            self._unadapted = {p: n for p, n in self._unadapted.items() if p not in program.spec.attached}
 
     def _steered(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
@@ -14,6 +15,7 @@ from skipc.ir.config import BUDGETS, Config
 from skipc.ir.errors import ConfigError, NoResidualStreamError, PlanError, ProfileError, SkipcError, UnknownSiteError
 from skipc.ir.plan import Plan
 from skipc.ir.replacement import Replaced
+from skipc.passes.attach_adapters import attach_adapters
 from skipc.passes.base import Pass, PassContext
 from skipc.passes.fx_edit import copy_graph
 from skipc.passes.lowering.inductor import check_torch_version, compile_whole, late_guards
@@ -145,7 +147,7 @@ def build_program(gm: fx.GraphModule, config: Config, replaced: Replaced = _NONE
             symbols = {v.node.expr: i for i, v in enumerate(values) if isinstance(v, torch.SymInt)}
             return program, SizeGuards(tuple(guards), symbols)
 
-        return Program(outline.spec, functions, config.kv, partial, config.huge_pages, compile_for)
+        return Program(outline.spec, functions, config.kv, partial, config.huge_pages, compile_for, config.adapters)
     # What stays with Inductor as a whole keeps to torch's own operations: no kernels for regions.
     outline, manager = build_outline(gm, config, region_passes=())
     assert manager.ctx.streams is not None
@@ -171,11 +173,16 @@ def build_outline(
     transformed = manager.run(gm)
     streams = manager.ctx.streams
     assert streams is not None
+    given = len(_placeholders(transformed))
+    bank = config.adapters
+    adapted, attached = attach_adapters(transformed, streams, bank) if bank is not None else ((), frozenset())
     if replaced.sites:
         replace_sites(transformed, streams, replaced)
     if not streams.junctions:
         raise NoResidualStreamError(FallbackReason.NO_STREAM)
-    return Outline(transformed, streams, manager), manager
+    outline = Outline(transformed, streams, manager)
+    outline.spec = dataclasses.replace(outline.spec, given=given, adapted=adapted, attached=attached)
+    return outline, manager
 
 
 def refusal(gm: fx.GraphModule) -> FallbackReason | None:

@@ -7,7 +7,7 @@ import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from skipc.ir.route import Route
 from skipc.runtime import sessions
 from skipc.runtime.policies.base import Policy
 from skipc.runtime.sessions import Session
+
+if TYPE_CHECKING:
+    from skipc.adapters.bank import Rows
 
 log = logging.getLogger("skipc")
 
@@ -85,9 +88,11 @@ class CompiledModel:
         record: bool = False,
         route: Route | None = None,
         plan: Plan | None = None,
+        adapters: Rows | None = None,
     ) -> Session:
         """Open a session; see :class:`skipc.Session`. Use it in a ``with`` statement."""
-        return Session(self.model, skip, kv, measure, policy, record, route, plan)
+        bank = self.options.adapters
+        return Session(self.model, skip, kv, measure, policy, record, route, plan, adapters, bank)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate`` (Hugging Face), with prefill and decode compiled."""

@@ -78,22 +78,34 @@ struct AttentionBlock {
   Cache<T> keys, values;
   Places places;
   Attention<T> attention;
+  Wanted wanted;
+  int64_t bridge;
 
   AttentionBlock(int64_t B, int64_t Q, const Maybe& norm, double eps, const std::vector<Tensor>& projections,
                  const std::vector<Maybe>& biases, const Maybe& q_norm, const Maybe& k_norm, double head_eps,
                  const Maybe& cos, const Maybe& sin, const Tensor& keys, const Tensor& values, const Tensor& position,
                  const Maybe& mask, const Maybe& live, bool causal, double scale, double softcap, const Maybe& out,
-                 const Maybe& out_bias)
-      : B(B), Q(Q), K(projections[0].size(1)), N(out.has_value() ? out->size(0) : 0), norm(pointer<T>(norm)), q_norm(pointer<T>(q_norm)), k_norm(pointer<T>(k_norm)), eps(eps), head_eps(head_eps),
-        projections(parts_of<T>(projections, biases)), output(out.has_value() ? parts_of<T>({*out}, {out_bias}) : std::vector<Part<T>>()),
+                 const Maybe& out_bias, const std::vector<Maybe>& lora)
+      : B(B), Q(Q), K(projections[0].size(1)), N(out.has_value() ? out->size(0) : 0), norm(pointer<T>(norm)),
+        q_norm(pointer<T>(q_norm)), k_norm(pointer<T>(k_norm)), eps(eps), head_eps(head_eps),
+        projections(parts_of<T>(projections, biases, lora)), output(output_of(out, out_bias, lora, projections.size())),
         total(this->projections.back().first + this->projections.back().count), rotary(cos, sin),
         keys(keys), values(values), places(position),
-        attention(heads_of(B, Q, total, keys, values, out), {causal, float(scale), float(softcap)}, keys, values, mask, live) {}
+        attention(heads_of(B, Q, total, keys, values, out), {causal, float(scale), float(softcap)}, keys, values, mask, live),
+        wanted(lora) {
+    bridge = std::max(place_bridges(this->projections, B * Q), place_bridges(this->output, B * Q));
+  }
 
-  void check() const { places.check(Q, attention.s.L, "attention_block"); }
+  static std::vector<Part<T>> output_of(const Maybe& out, const Maybe& bias, const std::vector<Maybe>& lora, int64_t at) {
+    return out.has_value() ? parts_of<T>({*out}, {bias}, lora, at) : std::vector<Part<T>>();
+  }
+  void check() const {
+    places.check(Q, attention.s.L, "attention_block");
+    wanted.check(B * Q, "attention_block");
+  }
   int64_t scratch() const {
     const Shape& s = attention.s;
-    return B * Q * (total + s.H * s.D + s.H * s.Dv) + attention.scratch();
+    return bridge + B * Q * (total + s.H * s.D + s.H * s.Dv) + attention.scratch();
   }
   int64_t work() const { return total * K; }
 
@@ -114,9 +126,10 @@ struct AttentionBlock {
   void run(const T* x, const T* residual, T* out, float* scratch) const {
     const Shape& s = attention.s;
     const int64_t R = B * Q, width = s.H * s.Dv, heads = s.H + 2 * s.Hkv;
-    float *projected = scratch, *queries = projected + R * total, *mixed = queries + R * s.H * s.D,
+    float *projected = scratch + bridge, *queries = projected + R * total, *mixed = queries + R * s.H * s.D,
           *partial = mixed + R * width;
-    linears<T>(prepare(x, R, K, norm, eps).data(), R, K, projections, (const T*)nullptr, projected);
+    linears<T>(prepare(x, R, K, norm, eps).data(), R, K, projections, (const T*)nullptr, projected,
+               wanted, scratch);
 #pragma omp barrier
     std::vector<float> key(s.D);
 #pragma omp for schedule(static)
@@ -141,7 +154,7 @@ struct AttentionBlock {
       for (int64_t d = 0; d < s.Dv; d++)
         mixed[(b * Q + i) * width + spread_index<T>(h * s.Dv + d, width)] = from[d];
     });
-    linears<T>(mixed, R, width, output, residual, out);
+    linears<T>(mixed, R, width, output, residual, out, wanted, scratch);
   }
 };
 
@@ -149,14 +162,16 @@ Tensor attention_block(const Tensor& x, const Maybe& norm, double eps, const std
                        const std::vector<Maybe>& biases, const Maybe& q_norm, const Maybe& k_norm, double head_eps,
                        const Maybe& cos, const Maybe& sin, const Tensor& keys, const Tensor& values,
                        const Tensor& position, const Maybe& mask, const Maybe& live, bool causal, double scale,
-                       double softcap, const Tensor& out, const Maybe& out_bias, const Maybe& residual) {
+                       double softcap, const Tensor& out, const Maybe& out_bias, const Maybe& residual,
+                       const std::vector<Maybe>& lora) {
   STD_TORCH_CHECK(x.is_contiguous(), "attention_block: x must be contiguous");
   STD_TORCH_CHECK(!residual.has_value() || residual->is_contiguous(), "attention_block: residual must be contiguous");
   Tensor made = empty(sizes_like(x, out.size(0)), x.scalar_type());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const AttentionBlock<T> block(x.size(0), x.size(1), norm, eps, projections, biases, q_norm, k_norm, head_eps, cos,
-                                  sin, keys, values, position, mask, live, causal, scale, softcap, out, out_bias);
+                                  sin, keys, values, position, mask, live, causal, scale, softcap, out, out_bias,
+                                  lora);
     block.check();
     const T *in = (const T*)x.const_data_ptr(), *add = pointer<T>(residual);
     T* to = (T*)made.mutable_data_ptr();
@@ -170,12 +185,13 @@ Tensor attention_block(const Tensor& x, const Maybe& norm, double eps, const std
 
 void cache_block(const Tensor& x, const Maybe& norm, double eps, const std::vector<Tensor>& projections,
                  const std::vector<Maybe>& biases, const Maybe& k_norm, double head_eps, const Maybe& cos,
-                 const Maybe& sin, const Tensor& keys, const Tensor& values, const Tensor& position) {
+                 const Maybe& sin, const Tensor& keys, const Tensor& values, const Tensor& position,
+                 const std::vector<Maybe>& lora) {
   STD_TORCH_CHECK(x.is_contiguous(), "cache_block: x must be contiguous");
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const AttentionBlock<T> block(x.size(0), x.size(1), norm, eps, projections, biases, {}, k_norm, head_eps, cos, sin,
-                                  keys, values, position, {}, {}, false, 0, 0, {}, {});
+                                  keys, values, position, {}, {}, false, 0, 0, {}, {}, lora);
     block.check();
     const T* in = (const T*)x.const_data_ptr();
     const std::unique_ptr<float[]> scratch(new float[block.scratch()]);
@@ -302,16 +318,20 @@ struct Chain {
       }
       link.x = *at++ + 1;
       link.residual = kind == CACHE ? -1 : *at++ + 1;
+      const int64_t adapters = *at++;  // operands of adapters, behind the others
       if (kind == MLP) {
-        link.mlp = std::make_unique<GatedMLP<T>>(R, tensor[0], number[0], *tensor[1], tensor[2], *tensor[3], *at++);
+        const auto own = tensor;
         tensor += 4;
+        link.mlp = std::make_unique<GatedMLP<T>>(R, own[0], number[0], *own[1], own[2], *own[3], *at++,
+                                                 several_or_none(adapters));
         number += 1;
         sized(*link.mlp);
       } else if (kind == LINEAR) {
         const int64_t parts = *at++;
         const Maybe& norm = *tensor++;
         const auto weights = several(parts);
-        link.linear = std::make_unique<Linears<T>>(R, norm, *number++, weights, several_or_none(parts));
+        const auto biases = several_or_none(parts);
+        link.linear = std::make_unique<Linears<T>>(R, norm, *number++, weights, biases, several_or_none(adapters));
         sized(*link.linear);
       } else {
         const bool whole = kind == ATTENTION;
@@ -321,11 +341,12 @@ struct Chain {
         const auto weights = several(parts);
         const auto biases = several_or_none(parts);
         const Maybe none, &q_norm = whole ? *tensor++ : none;
-        link.attention = std::make_unique<AttentionBlock<T>>(
-            B, Q, norm, number[0], weights, biases, q_norm, tensor[0], number[1], tensor[1], tensor[2], *tensor[3],
-            *tensor[4], *tensor[5], whole ? tensor[6] : none, whole ? tensor[7] : none, causal, whole ? number[2] : 0,
-            whole ? number[3] : 0, whole ? tensor[8] : none, whole ? tensor[9] : none);
+        const auto own = tensor;
         tensor += whole ? 10 : 6;
+        link.attention = std::make_unique<AttentionBlock<T>>(
+            B, Q, norm, number[0], weights, biases, q_norm, own[0], number[1], own[1], own[2], *own[3], *own[4], *own[5],
+            whole ? own[6] : none, whole ? own[7] : none, causal, whole ? number[2] : 0, whole ? number[3] : 0,
+            whole ? own[8] : none, whole ? own[9] : none, several_or_none(adapters));
         number += whole ? 4 : 2;
         sized(*link.attention);
       }
@@ -344,6 +365,8 @@ struct Chain {
     streams.back() = to;  // nobody in the chain reads the last one
     for (const Link& link : links) {
       if (link.attention) link.attention->check();
+      if (link.mlp) link.mlp->check();
+      if (link.linear) link.linear->check();
       if (link.copy) link.copy->check();
     }
     const int64_t entry_width = x.size(x.dim() - 1), rows = rows_of(x);

@@ -105,7 +105,7 @@ class Adapter:
             AdapterError: naming the first that is missing or of another shape.
         """
         for path, layer in self.layers.items():
-            weight, transposed = _weight_of(model, path, self.name)
+            weight, transposed = layer_of(model, path, self.name)
             shape = tuple(reversed(weight.shape)) if transposed else tuple(weight.shape)
             if shape != (layer.b.shape[0], layer.a.shape[1]):
                 raise AdapterError(
@@ -152,7 +152,7 @@ def merge_adapters(model: torch.nn.Module, adapters: Adapter | Mapping[Adapter, 
     for adapter, factor in factors.items():
         adapter.check(model)
         for path, layer in adapter.layers.items():
-            weight, transposed = _weight_of(model, path, adapter.name)
+            weight, transposed = layer_of(model, path, adapter.name)
             delta = factor * layer.delta().to(weight.device)
             add(f"{path}.weight", delta.T if transposed else delta)
             if layer.bias is not None:
@@ -172,7 +172,7 @@ def merge_adapters(model: torch.nn.Module, adapters: Adapter | Mapping[Adapter, 
     return Plan(weights=made)
 
 
-def _weight_of(model: torch.nn.Module, path: str, adapter: str) -> tuple[torch.Tensor, bool]:
+def layer_of(model: torch.nn.Module, path: str, adapter: str) -> tuple[torch.Tensor, bool]:
     """The weight of a layer, and whether it is ``[in, out]``."""
     try:
         module = model.get_submodule(path)

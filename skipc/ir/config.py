@@ -7,8 +7,9 @@ import json
 from os import PathLike, fspath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
+from skipc.ir.adapters import Bank
 from skipc.ir.errors import ConfigError, nearest
 from skipc.ir.program import KVPolicy
 
@@ -62,6 +63,10 @@ class Config(BaseModel):
         description="What a failure inside skipc does to a compilation. fallback: log it and use plain Inductor. "
         "raise: raise it.",
     )
+    adapters: Any = Field(
+        None,
+        description="A skipc.AdapterBank of the model: linear layers add what the adapters that a session chooses say.",
+    )
     mode: str | None = Field(None, description="An Inductor mode, as in torch.compile(mode=...).")
     inductor: dict[str, Any] = Field(
         default_factory=dict,
@@ -89,6 +94,11 @@ class Config(BaseModel):
                 raise ConfigError(f"preset {options['preset']!r} needs lowering='outline'")
         elif options.get("profile"):
             raise ConfigError("option 'profile' is for presets 'balanced' and 'fast'")
+        if options.get("adapters") is not None:
+            if not isinstance(options["adapters"], Bank):
+                raise ConfigError(f"option 'adapters' is a skipc.AdapterBank, not {type(options['adapters']).__name__}")
+            if options.get("lowering", "outline") != "outline" or options.get("preset") == "off":
+                raise ConfigError("option 'adapters' needs lowering='outline', and a preset that is not 'off'")
         if isinstance(options.get("profile"), PathLike):
             options["profile"] = fspath(options["profile"])
         try:
@@ -98,12 +108,16 @@ class Config(BaseModel):
             field = ".".join(map(str, first["loc"]))
             raise ConfigError(f"option {field!r}: {first['msg']} (got {first['input']!r})") from None
 
+    @field_serializer("adapters", when_used="json")
+    def _named(self, bank: Any) -> str | None:
+        return None if bank is None else repr(bank)
+
     def __hash__(self) -> int:
         return hash(self.cache_key())
 
     def cache_key(self) -> str:
         """A digest of every field."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True, default=repr).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True, default=id).encode()).hexdigest()
 
 
 def list_options() -> dict[str, str]:

@@ -159,6 +159,9 @@ class ProgramSpec:
     exposed: tuple[int, ...] = ()  # outputs that are points of a stream: a skip may make them one tensor
     extent: tuple[Size, Size] = (None, None)  # of the stream: batch and tokens
     regions: tuple[RegionInfo, ...] = field(default=())
+    given: int = -1  # how many of the inputs a call gives; behind them come those of adapters and replacements
+    adapted: tuple[str, ...] = ()  # paths of the layers that adapters have inputs for, in order
+    attached: frozenset[str] = frozenset()  # those that add what their adapters say
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def spelled_out(a: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 def native_block(a: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     a = {**a, "keys": a["keys"].clone(), "values": a["values"].clone()}
-    return torch.ops.skipc.attention_block(**a), a["keys"], a["values"]
+    return torch.ops.skipc.attention_block(**a, lora=[]), a["keys"], a["values"]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

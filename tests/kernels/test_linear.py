@@ -24,7 +24,7 @@ def _built() -> None:
 def linears(
     x: torch.Tensor, weights: list, biases: list, norm: Any = None, eps: float = 0.0, residual: Any = None
 ) -> Any:
-    return torch.ops.skipc.skinny_linear(x, weights, biases, norm, eps, residual)
+    return torch.ops.skipc.skinny_linear(x, weights, biases, norm, eps, residual, [])
 
 
 def case(rows: int, width: int, heights: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, list, list]:
@@ -89,7 +89,15 @@ def test_leading_dimensions_strided_weights_and_special_values() -> None:
 
 @needs_compiler
 def test_registration() -> None:
-    args = (torch.randn(2, 1, 16), [torch.randn(4, 16), torch.randn(3, 16)], [None, torch.randn(3)], None, 0.0, None)
+    args = (
+        torch.randn(2, 1, 16),
+        [torch.randn(4, 16), torch.randn(3, 16)],
+        [None, torch.randn(3)],
+        None,
+        0.0,
+        None,
+        [],
+    )
     torch.library.opcheck(torch.ops.skipc.skinny_linear.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -136,18 +144,28 @@ def test_gated_mlp(rows: int, width: int, inner: int, activation: str, fused: bo
 
     def ours(op: Any, i: slice = slice(None)) -> Any:
         code = ACTIVATIONS[activation]
-        return op(x[i], norm, 1e-5, gate, up, down, code, residual[i] if fused else None)
+        return op(x[i], norm, 1e-5, gate, up, down, code, residual[i] if fused else None, [])
 
     found = ours(torch.ops.skipc.gated_mlp)
     assert_no_further(exact, plain(*args), found)
     assert_no_further(exact, plain(*args), ours(gated_mlp))
     assert torch.equal(torch.cat([ours(torch.ops.skipc.gated_mlp, slice(i, i + 1)) for i in range(rows)]), found)
-    merged = (x, norm, 1e-5, torch.cat([gate, up]), None, down, ACTIVATIONS[activation], residual if fused else None)
+    merged = (
+        x,
+        norm,
+        1e-5,
+        torch.cat([gate, up]),
+        None,
+        down,
+        ACTIVATIONS[activation],
+        residual if fused else None,
+        [],
+    )
     assert torch.equal(torch.ops.skipc.gated_mlp(*merged), found)
     assert torch.equal(gated_mlp(*merged), ours(gated_mlp))
     torch.library.opcheck(
         torch.ops.skipc.gated_mlp.default,
-        (x, norm, 1e-5, gate, up, down, 0, residual),
+        (x, norm, 1e-5, gate, up, down, 0, residual, []),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -158,6 +176,6 @@ def test_gated_mlp_of_weights_that_do_not_fit(gate: int, up: int | None, down: i
     x, last = torch.randn(2, 16), torch.randn(16, down)
     second = None if up is None else torch.randn(up, 16)
     with pytest.raises(RuntimeError, match="neurons before one of"):
-        torch.ops.skipc.gated_mlp(x, None, 0.0, torch.randn(gate, 16), second, last, 0, None)
+        torch.ops.skipc.gated_mlp(x, None, 0.0, torch.randn(gate, 16), second, last, 0, None, [])
     with pytest.raises(RuntimeError, match="15 columns for rows of 16"):
-        torch.ops.skipc.gated_mlp(x, None, 0.0, torch.randn(8, 15), torch.randn(8, 15), torch.randn(16, 8), 0, None)
+        torch.ops.skipc.gated_mlp(x, None, 0.0, torch.randn(8, 15), torch.randn(8, 15), torch.randn(16, 8), 0, None, [])

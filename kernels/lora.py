@@ -1,0 +1,136 @@
+"""Low-rank adapters (Hu et al., arXiv 2106.09685) on linear layers, with rows that choose among several.
+
+The adapters of a layer lie in ``slots``, and four tensors hold them:
+
+* ``a``, the first matrices: ``[slots, room * k]``, of which a slot uses the first ``rank * k`` as ``[rank, k]``; or
+  ``[slots, rank, k]``;
+* ``b``, the second matrices: ``[slots, room * n]`` (``n`` rounded up to :data:`PACK`), of which a slot uses what
+  :func:`pack` makes; or ``[slots, n, rank]``, as they are;
+* ``ranks``, int64 ``[slots]``: 0 where a slot has nothing for the layer;
+* ``scales``, fp32 ``[slots]``.
+
+Two more say what rows want, in tensors whose form never changes:
+
+* ``table``, int64: how many groups of rows there are (each of as many neighbours), how many slots each group names, and
+  then these, group by group, -1 for none. No groups: nobody wants any.
+* ``gates``, fp32: how much of each, at the same places.
+
+Kernels take adapters as one list: for each of their weights four tensors or four times None, then table and gates; or
+nothing at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from skipc.kernels.library import library
+
+PACK = 16  # outputs that lie together in packed matrices
+MOST = 8  # adapters of a row
+OPERANDS = 4  # of a weight
+
+Lora = Sequence[torch.Tensor | None]
+
+library.define("lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor?[] lora) -> Tensor")
+
+
+def pack(b: torch.Tensor) -> torch.Tensor:
+    """A second matrix ``[n, rank]`` as kernels read it, ``[n / PACK, rank, PACK]``, flat and filled up with zeros."""
+    return F.pad(b, (0, 0, 0, -len(b) % PACK)).unflatten(0, (-1, PACK)).transpose(1, 2).flatten()
+
+
+def unpack(packed: torch.Tensor, n: int, rank: int) -> torch.Tensor:
+    """What :func:`pack` made of it, transposed: ``[rank, n]``."""
+    blocks = -(-n // PACK)
+    return packed[: blocks * rank * PACK].view(blocks, rank, PACK).transpose(0, 1).flatten(1)[:, :n]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rows ``first`` to ``end`` want ``slot``, each as much as ``gates`` says, fp32 ``[end - first]``."""
+
+    first: int
+    end: int
+    slot: int
+    gates: torch.Tensor
+
+
+def stretches(table: torch.Tensor, gates: torch.Tensor, rows: int) -> Iterator[Stretch]:
+    """What ``rows`` rows want, with neighbours that want the same together.
+
+    Raises:
+        RuntimeError: if there are adapters for another number of rows.
+    """
+    groups, per = table[:2].tolist()
+    if not groups:
+        return
+    if rows % groups:
+        raise RuntimeError(f"adapters for {groups} rows in a call of {rows}")
+    size, count = rows // groups, groups * per
+    wanted, amounts = table[2 : 2 + count].view(groups, per).tolist(), gates[2 : 2 + count].view(groups, per)
+    for i in range(per):
+        first = 0
+        for g in range(1, groups + 1):
+            if g < groups and wanted[g][i] == wanted[first][i]:
+                continue
+            if wanted[first][i] >= 0:
+                yield Stretch(first * size, g * size, wanted[first][i], amounts[first:g, i].repeat_interleave(size))
+            first = g
+
+
+def matrices(lora: Lora, at: int, slot: int, k: int, n: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """Of the ``at``-th weight, ``[n, k]``, what a slot holds: ``[rank, k]``, ``[rank, n]`` and the scale; None if
+    nothing."""
+    a, b, ranks, scales = lora[OPERANDS * at : OPERANDS * (at + 1)]
+    if a is None or b is None or ranks is None or scales is None or not (rank := int(ranks[slot])):
+        return None
+    first = a[slot, : rank * k].view(rank, k) if a.dim() == 2 else a[slot]
+    return first, unpack(b[slot], n, rank) if b.dim() == 2 else b[slot].T, float(scales[slot])
+
+
+def add_lora(out: torch.Tensor, x: torch.Tensor, lora: Lora, at: int = 0) -> torch.Tensor:
+    """Add to ``out``, ``[rows, n]``, in place, what rows of ``x``, ``[rows, k]``, want of the ``at``-th weight's."""
+    if not lora:
+        return out
+    table, gates = lora[-2:]
+    assert table is not None
+    assert gates is not None
+    for part in stretches(table, gates, len(x)):
+        found = matrices(lora, at, part.slot, x.shape[1], out.shape[1])
+        if found is None:
+            continue
+        a, b, scale = found
+        rows = slice(part.first, part.end)
+        between = F.linear(x[rows], a.to(x.dtype)) * (part.gates * scale).to(x.dtype).unsqueeze(1)
+        out[rows].addmm_(between, b.to(x.dtype))
+    return out
+
+
+def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora: Lora) -> torch.Tensor:
+    """``x @ weight.T + bias``, and what each row's adapters add: ``gate * scale * ((x @ a.T) @ b.T)``.
+
+    Args:
+        x: ``[..., k]``, floating.
+        weight, bias: ``[n, k]`` and ``[n]`` or None.
+        lora: adapters of ``weight``, of its dtype, with table and gates; see above.
+
+    Returns:
+        ``[..., n]``. Rows that want nothing are, bit for bit, what ``linear`` gives.
+
+    Raises:
+        RuntimeError: if the table is for another number of rows.
+    """
+    out = F.linear(x, weight, bias)
+    add_lora(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), lora)
+    return out
+
+
+library.impl("lora_linear", lora_linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("skipc::lora_linear")
+def _(x: torch.Tensor, weight: torch.Tensor, *_: object) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,125 @@
+"""A graph whose linear layers add what the adapters of a bank say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from skipc.passes.dataflow import Dataflow
+from skipc.passes.fx_edit import fake_mode_of, infer, labels_of, last_input
+from skipc.passes.ops import op_name, tensor
+from skipc.passes.residual import Streams
+from skipc.passes.substitute_weights import weight_name
+from torch import fx
+
+from skipc.ir.adapters import AdaptedLayer, Bank
+from skipc.ir.errors import AdapterError
+
+_LOOKUPS = frozenset(["embedding"])  # uses of a tied weight that no adapter of the linear layer changes
+
+
+def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Edit ``gm``: linear layers that ``bank`` knows become ``skipc.lora_linear``. For each, four tensors of the bank
+    become inputs of the graph, behind all others, and then what the rows of the call want.
+
+    A layer whose weight has another shape here (of a plan) keeps its inputs, and stays as it is.
+
+    Args:
+        gm: after the passes over whole graphs.
+        streams: of ``gm``; edited, too.
+
+    Returns:
+        Paths of the layers that have inputs, in order; and of those among them that use theirs.
+
+    Raises:
+        AdapterError: for a weight that goes into something else than its linear layer.
+    """
+    found = list(_layers_in(gm.graph, bank.layers.values()))
+    if not found:
+        return (), frozenset()
+    last, inputs = last_input(gm.graph), []
+    for layer, _, _ in found:
+        names = (f"{layer.path}_lora_{name}" for name in ("a", "b", "ranks", "scales"))
+        given = []
+        for name, value in zip(names, layer.tensors, strict=True):
+            last = _input(gm.graph, last, name, value, parameter=True)
+            given.append(last)
+        inputs.append(given)
+    wanted = []
+    for name, value in zip(("adapters_wanted", "adapters_gates"), bank.nobody.tensors, strict=True):
+        last = _input(gm.graph, last, name, value, parameter=False)
+        wanted.append(last)
+    attached = set()
+    for (layer, weight, uses), given in zip(found, inputs, strict=True):
+        value = tensor(weight)
+        assert value is not None
+        if tuple(value.shape) == (layer.shape[::-1] if layer.transposed else layer.shape):
+            for use in uses:
+                _attach(use, weight, [*given, *wanted])
+            attached.add(layer.path)
+    gm.graph.lint()
+    gm.recompile()
+    flow = Dataflow(gm.graph)
+    for junction in streams.junctions:
+        for term in junction.terms:
+            term.branch = flow.between(junction.point, term.value)
+    return tuple(layer.path for layer, _, _ in found), frozenset(attached)
+
+
+def _layers_in(
+    graph: fx.Graph, layers: Iterable[AdaptedLayer]
+) -> Iterable[tuple[AdaptedLayer, fx.Node, list[fx.Node]]]:
+    """The layers of a graph, each with its weight and the nodes that multiply by it."""
+    by_weight: dict[str, AdaptedLayer] = {name: layer for layer in layers for name in layer.weights}
+    for node in graph.nodes:
+        layer = by_weight.get(weight_name(node) or "")
+        if layer is None:
+            continue
+        uses = [u for u in node.users if _multiplies(u, node, layer)]
+        others = [u for u in node.users if u not in uses and op_name(u) not in _LOOKUPS]
+        if others:
+            raise AdapterError(
+                f"{layer.path} cannot have adapters in this model: its weight goes into {op_name(others[0])}; leave it "
+                "out of the bank's targets"
+            )
+        if uses:
+            yield layer, node, uses
+
+
+def _multiplies(node: fx.Node, weight: fx.Node, layer: AdaptedLayer) -> bool:
+    if layer.transposed:
+        return op_name(node) == "addmm" and len(node.args) == 3 and node.args[2] is weight and not node.kwargs
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    return op_name(node) == "linear" and given is weight
+
+
+def _attach(node: fx.Node, weight: fx.Node, lora: list[fx.Node]) -> None:
+    """Turn a node into the adapted layer; it stays the same node, which streams know."""
+    graph = node.graph
+    if op_name(node) == "addmm":
+        bias, x, _ = node.args
+        with graph.inserting_before(node):
+            turned = graph.call_method("t", (weight,))
+        turned.meta = labels_of(node)
+        infer(turned)
+        node.args = (x, turned, bias, lora)
+    else:
+        names: Mapping[str, object] = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
+        node.args = (names["input"], names["weight"], names.get("bias"), lora)  # type: ignore[assignment]
+    node.kwargs = {}
+    node.op, node.target = "call_function", torch.ops.skipc.lora_linear.default
+
+
+def _input(graph: fx.Graph, after: fx.Node, name: str, value: torch.Tensor, parameter: bool) -> fx.Node:
+    mode = fake_mode_of(graph)
+    assert mode is not None
+    with graph.inserting_after(after):
+        node = graph.placeholder(re.sub(r"\W+", "_", name))
+    with mode:
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    if parameter:
+        made._is_param = True  # type: ignore[attr-defined]  # part of the model, as far as passes ask
+    node.meta["example_value"] = made
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    return node

@@ -1,0 +1,364 @@
+"""Adapters of one model, side by side in memory that never moves, so that choosing among them compiles nothing."""
+
+from __future__ import annotations
+
+import mmap
+import re
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from skipc.adapters.adapter import Adapter, LoRA, layer_of
+from skipc.ir.adapters import AdaptedLayer, Wanted
+from skipc.ir.errors import AdapterError, nearest
+from skipc.kernels.lora import MOST, PACK, pack
+
+_TABLE = 2 + 8192  # places for slots of rows, in a table
+Row = str | None | Mapping[str, float]
+Rows = str | Mapping[str, float] | Sequence[Row]
+
+
+@dataclass(eq=False)
+class _Loaded:
+    """An adapter that can be asked for. ``slot``: where it lies, if it does; ``users``: leases that want it there."""
+
+    adapter: Adapter
+    slot: int | None = None
+    users: int = 0
+    enabled: bool = True
+
+
+@dataclass(eq=False)
+class Lease:
+    """What the rows of a session want, kept in its slots until :meth:`release`.
+
+    Attributes:
+        bank: that it is of.
+        rows: how many rows it is for; None if every row of a call wants the same.
+        paths: layers that its adapters change, each with the name of such an adapter.
+        wanted: as programs take it.
+    """
+
+    bank: AdapterBank
+    rows: int | None
+    paths: Mapping[str, str]
+    wanted: Wanted
+    _held: list[_Loaded] = field(default_factory=list)
+
+    def release(self) -> None:
+        """Let others have the slots."""
+        self.bank._release(self)
+
+
+class AdapterBank:
+    """LoRA adapters of ``model`` for ``skipc.compile(model, adapters=bank)``: rows of one call choose among those that
+    are loaded (``compiled.session(adapters=["a", None, "b"])``), and nothing is compiled when they are loaded,
+    unloaded, replaced or chosen.
+
+    Any number of adapters can be loaded; up to ``slots`` at a time lie where kernels read them, those that open
+    sessions use among them. A session that needs another puts it in the place of the one that was used longest ago.
+
+    Args:
+        model: not wrapped by PEFT, with its weights on the CPU. It stays as it is.
+        slots: places for adapters that are in use.
+        max_rank: of a layer. Memory that adapters of lower rank leave unused is not taken from the system.
+        targets: layers that adapters may change: paths, or the ends of paths (``"q_proj"``). None: all linear layers
+            (and GPT-2's Conv1D) but the one that makes logits.
+        when_full: what a session does that needs a slot when open sessions use all. ``"refuse"`` raises; ``"wait"``
+            waits until one closes, at most ``timeout`` seconds.
+
+    Raises:
+        AdapterError: for targets that the model does not have, or of a kind that is not supported.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        slots: int = 8,
+        max_rank: int = 64,
+        targets: Iterable[str] | None = None,
+        when_full: Literal["refuse", "wait"] = "refuse",
+        timeout: float = 60.0,
+    ):
+        if slots < 1 or max_rank < 1:
+            raise AdapterError(f"a bank has a slot and a rank or more, not {slots} and {max_rank}")
+        if when_full not in ("refuse", "wait"):
+            raise AdapterError(f"when_full is 'refuse' or 'wait', not {when_full!r}")
+        if hasattr(model, "peft_config"):
+            raise AdapterError("give the bank the base model, not PEFT's: model.unload(), or get_base_model() of a "
+                               "model that no adapter was put into")  # fmt: skip
+        self._model = weakref.ref(model)
+        self.slots, self.max_rank, self.when_full, self.timeout = slots, max_rank, when_full, timeout
+        paths = _targets(model, None if targets is None else list(targets))
+        self.layers = _allocated(model, paths, slots, max_rank)
+        self.nobody = self.blank()
+        self._loaded: dict[str, _Loaded] = {}
+        self._in_slots: dict[int, _Loaded] = {}  # by slot, the one that was used longest ago first
+        self._changed = threading.Condition()
+        self._tables: list[Wanted] = []  # of released leases, to be used again
+        self.switches = 0  # how often an adapter was put into a slot
+
+    # -- what is loaded -----------------------------------------------------------------------------------------------
+
+    def load(self, name: str, source: Adapter | str | Path | Any) -> None:
+        """Have an adapter ready under ``name``: an :class:`Adapter`, a folder that PEFT saved, or a ``peft.PeftModel``
+        whose adapter is called so (or whose only one it is). One of that name is replaced; sessions that are open go on
+        with the one that they began with.
+
+        Raises:
+            AdapterError: if the bank cannot hold it, or it is of a kind that is not supported.
+        """
+        adapter = self._read(name, source)
+        self._check(adapter)
+        with self._changed:
+            old = self._loaded.get(name)
+            self._loaded[name] = _Loaded(adapter)
+            if old is not None:
+                self._forget(old)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            AdapterError: if there is none of that name, or an open session uses it.
+        """
+        with self._changed:
+            loaded = self._find(name)
+            if loaded.users:
+                raise AdapterError(f"adapter {name!r} is in use by {loaded.users} open session(s)")
+            del self._loaded[name]
+            self._forget(loaded)
+
+    def enable(self, name: str, enabled: bool = True) -> None:
+        """Switch an adapter on or off for sessions that are opened from now on: off, its rows get the base model."""
+        with self._changed:
+            self._find(name).enabled = enabled
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What can be asked for."""
+        return tuple(self._loaded)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The adapters that lie in slots, the one that was used longest ago first."""
+        return tuple(loaded.adapter.name for loaded in self._in_slots.values())
+
+    def __repr__(self) -> str:
+        used = f"{len(self._in_slots)} of {self.slots} slots"
+        return f"AdapterBank({len(self._loaded)} adapters, {used}, {len(self.layers)} layers, rank {self.max_rank})"
+
+    # -- sessions -----------------------------------------------------------------------------------------------------
+
+    def lease(self, rows: Rows) -> Lease:
+        """Slots for what each row of a call wants: a name, None for the base model, or names with a factor for each; or
+        one of these for all rows.
+
+        Raises:
+            AdapterError: for a name that is not loaded, and if there are not enough slots.
+        """
+        every = isinstance(rows, str | Mapping)
+        wanted = [_factors(row) for row in ([rows] if every else rows)]  # type: ignore[list-item,union-attr]
+        most = max((len(row) for row in wanted), default=0)
+        if most > MOST:
+            raise AdapterError(f"a row wants {most} adapters, and {MOST} are possible")
+        if len(wanted) * max(1, most) > _TABLE - 2:
+            raise AdapterError(f"{len(wanted)} rows of {most} adapters are more than {_TABLE - 2}")
+        with self._changed:
+            held = self._hold({name: self._find(name) for row in wanted for name in row})
+            table = self._tables.pop() if self._tables else self.blank()
+        slots = [[held[n].slot if held[n].enabled else -1 for n in row] + [-1] * (most - len(row)) for row in wanted]
+        gates = [[*row.values(), *[0.0] * (most - len(row))] for row in wanted]
+        count = len(wanted) * most
+        table.table[:2] = torch.tensor([len(wanted) if most else 0, most])
+        table.table[2 : 2 + count] = torch.tensor(slots, dtype=torch.int64).flatten()
+        table.gates[2 : 2 + count] = torch.tensor(gates, dtype=torch.float32).flatten()
+        paths = {path: name for name, loaded in held.items() if loaded.enabled for path in loaded.adapter.layers}
+        return Lease(self, None if every else len(wanted), paths, table, list(held.values()))
+
+    def blank(self) -> Wanted:
+        """See :class:`skipc.ir.adapters.Bank`."""
+        return Wanted(torch.zeros(_TABLE, dtype=torch.int64), torch.zeros(_TABLE))
+
+    def _hold(self, asked: dict[str, _Loaded]) -> dict[str, _Loaded]:
+        """Have all that is asked for in slots, and keep it there."""
+        if len({id(loaded) for loaded in asked.values()}) > self.slots:
+            raise AdapterError(f"a session wants {len(asked)} adapters at a time, and the bank has {self.slots} slots")
+        deadline = time.monotonic() + self.timeout
+        while True:
+            missing = [loaded for loaded in asked.values() if loaded.slot is None]
+            kept = {id(loaded) for loaded in asked.values()}
+            free = [s for s in range(self.slots) if s not in self._in_slots]
+            idle = [s for s, loaded in self._in_slots.items() if not loaded.users and id(loaded) not in kept]
+            if len(missing) <= len(free) + len(idle):
+                break
+            if self.when_full == "refuse" or not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                waited = f" ({self.timeout:g} seconds were waited)" if self.when_full == "wait" else ""
+                raise AdapterError(
+                    f"no slot is free for {missing[0].adapter.name!r}: open sessions use "
+                    f"{self.slots - len(free) - len(idle)} of {self.slots}{waited}"
+                )
+            asked = {name: self._find(name) for name in asked}  # replaced or gone meanwhile
+        for loaded, slot in zip(missing, free + idle, strict=False):
+            self._put(loaded, slot)
+        for loaded in asked.values():
+            loaded.users += 1
+            assert loaded.slot is not None
+            self._in_slots[loaded.slot] = self._in_slots.pop(loaded.slot)  # the last to go
+        return asked
+
+    def _put(self, loaded: _Loaded, slot: int) -> None:
+        old = self._in_slots.pop(slot, None)
+        if old is not None:
+            old.slot = None
+        for path, layer in self.layers.items():
+            _write(layer, slot, loaded.adapter.layers.get(path))
+        self._in_slots[slot], loaded.slot = loaded, slot
+        self.switches += 1
+
+    def _release(self, lease: Lease) -> None:
+        with self._changed:
+            for loaded in lease._held:
+                loaded.users -= 1
+                if not loaded.users and self._loaded.get(loaded.adapter.name) is not loaded:
+                    self._forget(loaded)
+            if lease._held:
+                self._tables.append(lease.wanted)
+            lease._held = []
+            self._changed.notify_all()
+
+    def _forget(self, loaded: _Loaded) -> None:
+        """Give up the slot of an adapter that nobody can ask for any more, unless a session still uses it."""
+        if loaded.slot is not None and not loaded.users:
+            del self._in_slots[loaded.slot]
+            loaded.slot = None
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def _find(self, name: str) -> _Loaded:
+        if name not in self._loaded:
+            close = nearest(name, self._loaded)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            known = ", ".join(map(repr, self._loaded)) or "none"
+            raise AdapterError(f"no adapter is loaded as {name!r}{hint}; loaded: {known}")
+        return self._loaded[name]
+
+    def _read(self, name: str, source: Any) -> Adapter:
+        if isinstance(source, Adapter):
+            return Adapter(name, source.layers, source.weights)
+        if isinstance(source, str | Path):
+            return Adapter.load(source, name)
+        configs = getattr(source, "peft_config", {})
+        found = Adapter.of(source, name if name in configs or len(configs) != 1 else next(iter(configs)))
+        return Adapter(name, found.layers, found.weights)
+
+    def _check(self, adapter: Adapter) -> None:
+        model = self._model()
+        if model is None:
+            raise AdapterError("the model of this bank is gone")
+        adapter.check(model)
+        if adapter.weights:
+            raise AdapterError(
+                f"adapter {adapter.name!r} has a value of its own for {next(iter(adapter.weights))}, which rows cannot "
+                "choose; skipc.merge_adapters runs it for all of them"
+            )
+        for path, layer in adapter.layers.items():
+            if layer.bias is not None:
+                raise AdapterError(f"adapter {adapter.name!r} has a bias of its own for {path}, which rows cannot "
+                                   "choose; skipc.merge_adapters runs it for all of them")  # fmt: skip
+            if path not in self.layers:
+                raise AdapterError(
+                    f"adapter {adapter.name!r} changes {path}, which is no target of the bank: AdapterBank(model, "
+                    f"targets=[..., {path!r}])"
+                )
+            if layer.rank > self.max_rank:
+                raise AdapterError(
+                    f"adapter {adapter.name!r} has rank {layer.rank} at {path}, and the bank's max_rank is "
+                    f"{self.max_rank}"
+                )
+
+
+def _factors(row: Row) -> dict[str, float]:
+    if row is None:
+        return {}
+    if isinstance(row, str):
+        return {row: 1.0}
+    if isinstance(row, Mapping):
+        return {name: float(factor) for name, factor in row.items()}
+    raise TypeError(f"a row wants a name, None, or names with factors, not {row!r}")
+
+
+def _targets(model: torch.nn.Module, targets: Sequence[str] | None) -> list[str]:
+    modules = dict(model.named_modules())
+    linear = [p for p, m in modules.items() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
+    if targets is None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        return [p for p in linear if modules[p] is not head]
+    found: dict[str, None] = {}
+    for target in targets:
+        ends = re.compile(rf"(.*\.)?{re.escape(target)}$")
+        matched = [p for p in modules if ends.match(p)]
+        if not matched:
+            close = nearest(target, {part for p in linear for part in (p, p.rsplit(".", 1)[-1])})
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise AdapterError(f"the model has no module {target!r}{hint}")
+        for path in matched:
+            if path not in linear:
+                raise AdapterError(f"{path} is a {type(modules[path]).__name__}: rows choose adapters of linear layers")
+            found[path] = None
+    return [p for p in linear if p in found]
+
+
+def _allocated(model: torch.nn.Module, paths: Sequence[str], slots: int, max_rank: int) -> dict[str, AdaptedLayer]:
+    """Room for ``slots`` adapters of these layers: first and second matrices of one slot after another."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    sizes, weights = [], []
+    for path in paths:
+        weight, transposed = layer_of(model, path, "bank")
+        if weight.device.type != "cpu":
+            raise AdapterError(f"{path} is on {weight.device}: adapters are chosen by row on the CPU only so far")
+        n, k = reversed(weight.shape) if transposed else weight.shape
+        sizes.append((int(n), int(k)))
+        weights.append((weight, transposed))
+    layers: dict[str, AdaptedLayer] = {}
+    for dtype in dict.fromkeys(w.dtype for w, _ in weights):
+        mine = [i for i, (w, _) in enumerate(weights) if w.dtype == dtype]
+        room = [(max_rank * sizes[i][1], max_rank * (sizes[i][0] + -sizes[i][0] % PACK)) for i in mine]
+        arena = _zeros(slots * sum(a + b for a, b in room), dtype).view(slots, -1)
+        at = 0
+        for i, (a, b) in zip(mine, room, strict=True):
+            matrices = arena[:, at : at + a], arena[:, at + a : at + a + b]
+            at += a + b
+            numbers = torch.zeros(slots, dtype=torch.int64), torch.zeros(slots)
+            weight, transposed = weights[i]
+            layers[paths[i]] = AdaptedLayer(
+                paths[i], tuple(names[id(weight)]), sizes[i], transposed, (*matrices, *numbers)
+            )
+    return {path: layers[path] for path in paths}
+
+
+def _zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose memory the system gives when they are written: most banks are never full."""
+    if not count:
+        return torch.zeros(0, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
+
+
+def _write(layer: AdaptedLayer, slot: int, lora: LoRA | None) -> None:
+    a, b, ranks, scales = layer.tensors
+    ranks[slot] = 0
+    if lora is None:
+        return
+    first, second = lora.a.to(a.dtype).flatten(), pack(lora.b.to(b.dtype))
+    a[slot, : len(first)] = first
+    b[slot, : len(second)] = second
+    scales[slot] = lora.scale
+    ranks[slot] = lora.rank

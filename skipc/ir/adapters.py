@@ -1,0 +1,58 @@
+"""What the compiler knows of adapters: layers that may have some, and the tensors that hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedLayer:
+    """A linear layer of a model that adapters may add to.
+
+    Attributes:
+        path: of its module.
+        weights: the names that its weight has in the model, more than one if it is tied.
+        shape: of the weight as ``linear`` takes it, ``[out, in]``.
+        transposed: whether the module has it the other way round (GPT-2's Conv1D).
+        tensors: first matrices, second matrices, ranks and scales of all slots; see :mod:`skipc.kernels.lora`. They
+            never move.
+    """
+
+    path: str
+    weights: tuple[str, ...]
+    shape: tuple[int, int]
+    transposed: bool
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What the rows of a call want, as kernels read it: ``table`` and ``gates`` of :mod:`skipc.kernels.lora`."""
+
+    table: torch.Tensor
+    gates: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both, in order."""
+        return self.table, self.gates
+
+    def become(self, other: Wanted) -> None:
+        """Say what ``other`` says, in place."""
+        self.table.copy_(other.table)
+        self.gates.copy_(other.gates)
+
+
+@runtime_checkable
+class Bank(Protocol):
+    """What programs need of a :class:`skipc.AdapterBank`."""
+
+    layers: dict[str, AdaptedLayer]
+    nobody: Wanted  # no row wants anything
+
+    def blank(self) -> Wanted:
+        """One to be filled, in which nobody wants anything."""
+        ...
