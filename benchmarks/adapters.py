@@ -28,6 +28,7 @@ from skipc.runtime.generation import Decoder
 import skipc
 from skipc.adapters.adapter import Adapter
 from skipc.calibration.timing import ratio
+from skipc.ir.adapters import operands_of
 from skipc.loading import load_smollm2
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -140,7 +141,7 @@ def switches(base: Any, adapters: dict[str, Adapter], slots: int, rank: int) -> 
         start = time.perf_counter()
         small.lease(names[i % len(names)]).release()
         evict.append(time.perf_counter() - start)
-    reserved = sum(t.numel() * t.element_size() for layer in bank.layers.values() for t in layer.tensors)
+    reserved = sum(t.nbytes for t in operands_of(bank.layers.values()))
     return {
         "reserved_mb": reserved / 1e6,
         "empty_mb": (empty - before) / 1e6,

@@ -1,12 +1,11 @@
 """Low-rank adapters (Hu et al., arXiv 2106.09685) on linear layers, with rows that choose among several.
 
-The adapters of a layer lie in ``slots``, and four tensors hold them:
+The adapters of a layer lie in slots, and four tensors hold them:
 
-* ``a``, the first matrices: ``[slots, room * k]``, of which a slot uses the first ``rank * k`` as ``[rank, k]``; or
-  ``[slots, rank, k]``;
-* ``b``, the second matrices: ``[slots, room * n]`` (``n`` rounded up to :data:`PACK`), of which a slot uses what
-  :func:`pack` makes; or ``[slots, n, rank]``, as they are;
-* ``ranks``, int64 ``[slots]``: 0 where a slot has nothing for the layer;
+* ``a`` and ``b``, the first and second matrices, ``[rank, k]`` and, as :func:`pack` makes them, ``[n, rank]``: at
+  places of one flat tensor that both are; or, of one slot, as they are;
+* ``where``, int64 ``[slots, 4]``: for each slot its rank (0 where it has nothing for the layer), the places in ``a``
+  and ``b`` where its matrices begin, and the largest rank that there can be;
 * ``scales``, fp32 ``[slots]``.
 
 Two more say what rows want, in tensors whose form never changes:
@@ -84,11 +83,15 @@ def stretches(table: torch.Tensor, gates: torch.Tensor, rows: int) -> Iterator[S
 def matrices(lora: Lora, at: int, slot: int, k: int, n: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
     """Of the ``at``-th weight, ``[n, k]``, what a slot holds: ``[rank, k]``, ``[rank, n]`` and the scale; None if
     nothing."""
-    a, b, ranks, scales = lora[OPERANDS * at : OPERANDS * (at + 1)]
-    if a is None or b is None or ranks is None or scales is None or not (rank := int(ranks[slot])):
+    a, b, where, scales = lora[OPERANDS * at : OPERANDS * (at + 1)]
+    if a is None or b is None or where is None or scales is None:
         return None
-    first = a[slot, : rank * k].view(rank, k) if a.dim() == 2 else a[slot]
-    return first, unpack(b[slot], n, rank) if b.dim() == 2 else b[slot].T, float(scales[slot])
+    rank, first, second, _ = where[slot].tolist()
+    if not rank:
+        return None
+    if a.dim() == 2:
+        return a, b.T, float(scales[slot])
+    return a[first : first + rank * k].view(rank, k), unpack(b[second:], n, rank), float(scales[slot])
 
 
 def add_lora(out: torch.Tensor, x: torch.Tensor, lora: Lora, at: int = 0) -> torch.Tensor:

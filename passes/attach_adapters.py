@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,24 +12,24 @@ from skipc.passes.residual import Streams
 from skipc.passes.substitute_weights import weight_name
 from torch import fx
 
-from skipc.ir.adapters import AdaptedLayer, Bank
+from skipc.ir.adapters import AdaptedLayer, Bank, operands_of
 from skipc.ir.errors import AdapterError
 
 _LOOKUPS = frozenset(["embedding"])  # uses of a tied weight that no adapter of the linear layer changes
 
 
 def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Edit ``gm``: linear layers that ``bank`` knows become ``skipc.lora_linear``. For each, four tensors of the bank
-    become inputs of the graph, behind all others, and then what the rows of the call want.
+    """Edit ``gm``: linear layers that ``bank`` knows become ``skipc.lora_linear``. The tensors of the bank that they
+    read become inputs of the graph, behind all others, and then what the rows of the call want.
 
-    A layer whose weight has another shape here (of a plan) keeps its inputs, and stays as it is.
+    A layer whose weight has another shape here (of a plan) stays as it is.
 
     Args:
         gm: after the passes over whole graphs.
         streams: of ``gm``; edited, too.
 
     Returns:
-        Paths of the layers that have inputs, in order; and of those among them that use theirs.
+        Paths of the layers whose tensors are inputs, in order; and of those among them that have become adapted.
 
     Raises:
         AdapterError: for a weight that goes into something else than its linear layer.
@@ -38,25 +37,20 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[t
     found = list(_layers_in(gm.graph, bank.layers.values()))
     if not found:
         return (), frozenset()
-    last, inputs = last_input(gm.graph), []
-    for layer, _, _ in found:
-        names = (f"{layer.path}_lora_{name}" for name in ("a", "b", "ranks", "scales"))
-        given = []
-        for name, value in zip(names, layer.tensors, strict=True):
-            last = _input(gm.graph, last, name, value, parameter=True)
-            given.append(last)
-        inputs.append(given)
+    last, inputs = last_input(gm.graph), {}
+    for value in operands_of(layer for layer, _, _ in found):
+        last = inputs[id(value)] = _input(gm.graph, last, f"adapters_{len(inputs)}", value, parameter=True)
     wanted = []
     for name, value in zip(("adapters_wanted", "adapters_gates"), bank.nobody.tensors, strict=True):
         last = _input(gm.graph, last, name, value, parameter=False)
         wanted.append(last)
     attached = set()
-    for (layer, weight, uses), given in zip(found, inputs, strict=True):
+    for layer, weight, uses in found:
         value = tensor(weight)
         assert value is not None
         if tuple(value.shape) == (layer.shape[::-1] if layer.transposed else layer.shape):
             for use in uses:
-                _attach(use, weight, [*given, *wanted])
+                _attach(use, weight, [*(inputs[id(t)] for t in layer.operands), *wanted])
             attached.add(layer.path)
     gm.graph.lint()
     gm.recompile()
@@ -115,7 +109,7 @@ def _input(graph: fx.Graph, after: fx.Node, name: str, value: torch.Tensor, para
     mode = fake_mode_of(graph)
     assert mode is not None
     with graph.inserting_after(after):
-        node = graph.placeholder(re.sub(r"\W+", "_", name))
+        node = graph.placeholder(name)
     with mode:
         made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     if parameter:

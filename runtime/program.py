@@ -21,7 +21,7 @@ from skipc.runtime.replay import note_call
 from skipc.runtime.rows import gathered, queried, unseen
 from skipc.runtime.variants import CompileFor, Variants
 
-from skipc.ir.adapters import Bank, Wanted
+from skipc.ir.adapters import Bank, Wanted, operands_of
 from skipc.ir.errors import PassError, PlanError
 from skipc.ir.plan import Plan
 from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Size, Step, Var
@@ -71,7 +71,7 @@ class Program:
         self.huge_pages = huge_pages
         self.bank = bank if spec.adapted else None
         layers = bank.layers if bank is not None else {}
-        self._adapters = tuple(t for path in spec.adapted for t in layers[path].tensors)
+        self._adapters = operands_of(layers[path] for path in spec.adapted)
         self._model_inputs = tuple(i for i in spec.parameters if i < spec.given) if spec.given >= 0 else spec.parameters
         self.variants = Variants(self, compile_for)
         self.plan: Plan | None = None  # what calls run under, unless their session brings a plan

@@ -13,7 +13,7 @@ struct Part {
   Low<T> low;
 };
 
-// `lora`: for each weight from `at` on its adapters' first and second matrices, ranks and scales, or None four times;
+// `lora`: for each weight from `at` on its adapters' operands, or None four times;
 // nothing at all if no weight has any.
 template <typename T>
 std::vector<Part<T>> parts_of(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
@@ -23,7 +23,7 @@ std::vector<Part<T>> parts_of(const std::vector<Tensor>& weights, const std::vec
   for (size_t i = 0; i < weights.size(); i++) {
     const Tensor& w = weights[i];
     parts.push_back({(const T*)w.const_data_ptr(), pointer<T>(biases[i]), w.stride(0), first, w.size(0),
-                     low_of<T>(lora, at + i, w.size(1))});
+                     low_of<T>(lora, at + i)});
     first += w.size(0);
   }
   return parts;
@@ -53,6 +53,7 @@ void linears(const float* x, int64_t R, int64_t K, const std::vector<Part<T>>& p
       const int64_t n = std::max(begin, p.first), count = std::min(begin + size, p.first + p.count) - n;
       if (count <= 0) continue;
       const int64_t row = n - p.first;
+      if (adapted && p.low.a) fetch_second(p.low, R, row, count, wanted);
       block<T>(count, x, R, K, p.w + row * p.stride, p.stride, sums.data());
       if (adapted && p.low.a) expand(p.low, R, row, count, wanted, bridge, sums.data());
       for (int64_t r = 0; r < R; r++)
@@ -150,6 +151,7 @@ struct GatedMLP {
     std::vector<float> a(R * BLOCK + W), b(R * BLOCK + W);  // read by whole vectors
     const bool adapted = shrink<T>(rows.data(), R, K, entry, wanted, between);
     const auto product = [&](const Part<T>& p, int64_t n, int64_t count, float* sums) {
+      if (adapted && p.low.a) fetch_second(p.low, R, n, count, wanted);
       block<T>(count, rows.data(), R, K, p.w + n * p.stride, p.stride, sums);
       if (adapted && p.low.a) expand(p.low, R, n, count, wanted, between, sums);
     };

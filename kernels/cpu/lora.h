@@ -12,29 +12,31 @@ constexpr int64_t PACK = 16;          // outputs that lie together in packed sec
 template <typename T>
 struct Low {
   const T *a = nullptr, *b = nullptr;  // none
-  const int64_t* ranks = nullptr;
+  const int64_t* where = nullptr;      // for each slot: rank, and where its matrices begin; and the largest rank
   const float* scales = nullptr;
-  int64_t a_slot = 0, b_slot = 0, room = 0;
+  int64_t room = 0;
   bool packed = false;
   int64_t row = 0;     // of the outputs, where a part begins that is not all of the layer
   bool own = true;     // false if another part has the same first matrices
   int64_t bridge = 0;  // where its rows of the bridge begin
 
   Low() = default;
-  Low(const Tensor& a, const Tensor& b, const Tensor& ranks, const Tensor& scales, int64_t K)
-      : a((const T*)a.const_data_ptr()), b((const T*)b.const_data_ptr()), ranks((const int64_t*)ranks.const_data_ptr()),
-        scales((const float*)scales.const_data_ptr()), a_slot(a.stride(0)), b_slot(b.stride(0)),
-        room(a.dim() == 2 ? a.size(1) / K : a.size(1)), packed(b.dim() == 2) {}
+  Low(const Tensor& a, const Tensor& b, const Tensor& where, const Tensor& scales)
+      : a((const T*)a.const_data_ptr()), b((const T*)b.const_data_ptr()), where((const int64_t*)where.const_data_ptr()),
+        scales((const float*)scales.const_data_ptr()), room(this->where[3]), packed(b.dim() == 1) {}
 
+  int64_t rank(int64_t slot) const { return where[4 * slot]; }
+  const T* first(int64_t slot) const { return a + where[4 * slot + 1]; }
+  const T* second(int64_t slot) const { return b + where[4 * slot + 2]; }
   int64_t at(int64_t r, int64_t i) const { return bridge + (r * MOST_ADAPTERS + i) * room; }
   int64_t scratch(int64_t R) const { return own ? R * MOST_ADAPTERS * room : 0; }
 };
 
-// The `at`-th of a list of adapters (see parts_of), of a layer with K inputs.
+// The `at`-th of a list of adapters (see parts_of).
 template <typename T>
-Low<T> low_of(const std::vector<std::optional<Tensor>>& lora, int64_t at, int64_t K) {
+Low<T> low_of(const std::vector<std::optional<Tensor>>& lora, int64_t at) {
   if (lora.empty() || !lora[4 * at].has_value()) return {};
-  return {*lora[4 * at], *lora[4 * at + 1], *lora[4 * at + 2], *lora[4 * at + 3], K};
+  return {*lora[4 * at], *lora[4 * at + 1], *lora[4 * at + 2], *lora[4 * at + 3]};
 }
 
 // Which adapters rows want: row r of R belongs to group r * groups / R, and each group names `per` slots (or -1), and how
@@ -79,11 +81,11 @@ bool shrink(const float* x, int64_t R, int64_t K, const Parts& parts, const Want
   constexpr int64_t UNIT = 4;  // rows of a first matrix that a task takes
   const auto each = [&](auto body) {
     int64_t task = 0;
-    for (const auto& p : parts)
-      if (p.low.a && p.low.own)
-        wanted.stretches(R, [&](int64_t first, int64_t end, int64_t i, int64_t slot) {
-          for (int64_t j = 0, rank = p.low.ranks[slot]; j < rank; j += UNIT) body(task++, p.low, first, end, i, slot, j);
-        });
+    wanted.stretches(R, [&](int64_t first, int64_t end, int64_t i, int64_t slot) {  // whose matrices lie together
+      for (const auto& p : parts)
+        if (p.low.a && p.low.own)
+          for (int64_t j = 0, rank = p.low.rank(slot); j < rank; j += UNIT) body(task++, p.low, first, end, i, slot, j);
+    });
     return task;
   };
   const int64_t total = each([](auto...) {});
@@ -92,8 +94,8 @@ bool shrink(const float* x, int64_t R, int64_t K, const Parts& parts, const Want
   std::vector<float> sums(R * BLOCK);
   each([&](int64_t task, const Low<T>& low, int64_t first, int64_t end, int64_t i, int64_t slot, int64_t j) {
     if (task < begin || task >= stop) return;
-    const int64_t count = std::min(UNIT, low.ranks[slot] - j), rows = end - first;
-    const T* a = low.a + slot * low.a_slot + j * K;
+    const int64_t count = std::min(UNIT, low.rank(slot) - j), rows = end - first;
+    const T* a = low.first(slot) + j * K;
     if (count == UNIT)
       block<T, UNIT>(x + first * K, rows, K, a, K, sums.data());
     else
@@ -108,13 +110,24 @@ bool shrink(const float* x, int64_t R, int64_t K, const Parts& parts, const Want
   return true;
 }
 
+// Calls what `expand` will read into the cache, while something else is computed.
+template <typename T>
+void fetch_second(const Low<T>& low, int64_t R, int64_t row, int64_t count, const Wanted& wanted) {
+  if (!low.packed) return;
+  wanted.stretches(R, [&](int64_t, int64_t, int64_t, int64_t slot) {
+    const int64_t size = low.rank(slot) * PACK, first = (low.row + row) / PACK, last = (low.row + row + count - 1) / PACK;
+    const char* at = (const char*)(low.second(slot) + first * size);
+    for (int64_t n = 0, bytes = (last - first + 1) * size * sizeof(T); n < bytes; n += 64) fetch(at + n);
+  });
+}
+
 // sums[r * BLOCK + n] += the second matrices times `bridge`, for `count` outputs of a part from `row` on.
 template <typename T>
 void expand(const Low<T>& low, int64_t R, int64_t row, int64_t count, const Wanted& wanted, const float* bridge, float* sums) {
   row += low.row;
   wanted.stretches(R, [&](int64_t first, int64_t end, int64_t i, int64_t slot) {
-    const int64_t rank = low.ranks[slot];
-    const T* b = low.b + slot * low.b_slot;
+    const int64_t rank = low.rank(slot);
+    const T* b = low.second(slot);
     const auto add = [&](const auto* at, int64_t step) {  // `BLOCK` outputs, of which one more rank lies `step` further
       for (int64_t r = first; r < end; r++) {
         const float* c = bridge + low.at(r, i);
@@ -128,11 +141,7 @@ void expand(const Low<T>& low, int64_t R, int64_t row, int64_t count, const Want
         store(sums + r * BLOCK, even + odd);
       }
     };
-    if (low.packed && count == BLOCK && row % BLOCK == 0) {
-      const T* at = b + row / PACK * PACK * rank + row % PACK;
-      for (int64_t j = 0; j < rank; j++) fetch((const char*)(at + j * PACK) + AHEAD / 2);
-      return add(at, PACK);
-    }
+    if (low.packed && count == BLOCK && row % BLOCK == 0) return add(b + row / PACK * PACK * rank + row % PACK, PACK);
     if (!low.packed && count == BLOCK) {
       std::vector<float> turned(rank * BLOCK);
       for (int64_t n = 0; n < BLOCK; n++)

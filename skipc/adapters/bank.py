@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from skipc.adapters.adapter import Adapter, LoRA, layer_of
+from skipc.adapters.adapter import Adapter, layer_of
 from skipc.ir.adapters import AdaptedLayer, Wanted
 from skipc.ir.errors import AdapterError, nearest
 from skipc.kernels.lora import MOST, PACK, pack
@@ -67,7 +67,7 @@ class AdapterBank:
     Args:
         model: not wrapped by PEFT, with its weights on the CPU. It stays as it is.
         slots: places for adapters that are in use.
-        max_rank: of a layer. Memory that adapters of lower rank leave unused is not taken from the system.
+        max_rank: of a layer. Memory that adapters leave unused is not taken from the system.
         targets: layers that adapters may change: paths, or the ends of paths (``"q_proj"``). None: all linear layers
             (and GPT-2's Conv1D) but the one that makes logits.
         when_full: what a session does that needs a slot when open sessions use all. ``"refuse"`` raises; ``"wait"``
@@ -217,8 +217,7 @@ class AdapterBank:
         old = self._in_slots.pop(slot, None)
         if old is not None:
             old.slot = None
-        for path, layer in self.layers.items():
-            _write(layer, slot, loaded.adapter.layers.get(path))
+        _write(self.layers.values(), slot, self.slots, loaded.adapter)
         self._in_slots[slot], loaded.slot = loaded, slot
         self.switches += 1
 
@@ -316,49 +315,58 @@ def _targets(model: torch.nn.Module, targets: Sequence[str] | None) -> list[str]
 
 
 def _allocated(model: torch.nn.Module, paths: Sequence[str], slots: int, max_rank: int) -> dict[str, AdaptedLayer]:
-    """Room for ``slots`` adapters of these layers: first and second matrices of one slot after another."""
+    """Room for ``slots`` adapters of these layers."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    sizes, weights = [], []
+    weights = {}
     for path in paths:
         weight, transposed = layer_of(model, path, "bank")
         if weight.device.type != "cpu":
             raise AdapterError(f"{path} is on {weight.device}: adapters are chosen by row on the CPU only so far")
         n, k = reversed(weight.shape) if transposed else weight.shape
-        sizes.append((int(n), int(k)))
-        weights.append((weight, transposed))
-    layers: dict[str, AdaptedLayer] = {}
-    for dtype in dict.fromkeys(w.dtype for w, _ in weights):
-        mine = [i for i, (w, _) in enumerate(weights) if w.dtype == dtype]
-        room = [(max_rank * sizes[i][1], max_rank * (sizes[i][0] + -sizes[i][0] % PACK)) for i in mine]
-        arena = _zeros(slots * sum(a + b for a, b in room), dtype).view(slots, -1)
-        at = 0
-        for i, (a, b) in zip(mine, room, strict=True):
-            matrices = arena[:, at : at + a], arena[:, at + a : at + a + b]
-            at += a + b
-            numbers = torch.zeros(slots, dtype=torch.int64), torch.zeros(slots)
-            weight, transposed = weights[i]
-            layers[paths[i]] = AdaptedLayer(
-                paths[i], tuple(names[id(weight)]), sizes[i], transposed, (*matrices, *numbers)
-            )
-    return {path: layers[path] for path in paths}
+        weights[path] = weight, (int(n), int(k)), transposed
+    sizes: dict[torch.dtype, int] = {}  # of a slot
+    for weight, (n, k), _ in weights.values():
+        sizes[weight.dtype] = sizes.get(weight.dtype, 0) + _aligned(max_rank * k) + _aligned(max_rank * (n + PACK - 1))
+    memory = {dtype: _zeros(slots * size, dtype) for dtype, size in sizes.items()}
+    layers = {}
+    for path, (weight, shape, transposed) in weights.items():
+        where = torch.tensor([[0, 0, 0, max_rank]]).repeat(slots, 1)
+        own = tuple(names[id(weight)])
+        layers[path] = AdaptedLayer(path, own, shape, transposed, memory[weight.dtype], where, torch.zeros(slots))
+    return layers
+
+
+def _aligned(count: int) -> int:
+    return count + -count % 32  # elements, of two bytes or more: whole lines of the cache
 
 
 def _zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros whose memory the system gives when they are written: most banks are never full."""
-    if not count:
-        return torch.zeros(0, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
+    """Zeros whose memory the system gives when they are written, in huge pages: most banks are never full."""
+    memory = mmap.mmap(-1, count * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
-def _write(layer: AdaptedLayer, slot: int, lora: LoRA | None) -> None:
-    a, b, ranks, scales = layer.tensors
-    ranks[slot] = 0
-    if lora is None:
-        return
-    first, second = lora.a.to(a.dtype).flatten(), pack(lora.b.to(b.dtype))
-    a[slot, : len(first)] = first
-    b[slot, : len(second)] = second
-    scales[slot] = lora.scale
-    ranks[slot] = lora.rank
+def _write(layers: Iterable[AdaptedLayer], slot: int, slots: int, adapter: Adapter) -> None:
+    """Put an adapter into a slot, one layer behind the other, as they are read: of layers side by side in one module,
+    all first matrices and then all second ones."""
+    ends: dict[int, int] = {}
+    siblings: dict[str, list[AdaptedLayer]] = {}
+    for layer in layers:
+        layer.where[slot, 0] = 0
+        if layer.path in adapter.layers:
+            siblings.setdefault(layer.path.rpartition(".")[0], []).append(layer)
+    for group in siblings.values():
+        for which in (0, 1):
+            for layer in group:
+                lora, memory = adapter.layers[layer.path], layer.memory
+                at = ends.setdefault(id(memory), slot * (len(memory) // slots))
+                matrix = pack(lora.b.to(memory.dtype)) if which else lora.a.to(memory.dtype).flatten()
+                memory[at : at + len(matrix)] = matrix
+                ends[id(memory)] = at + _aligned(len(matrix))
+                layer.where[slot, 1 + which] = at
+                layer.where[slot, 0] = lora.rank
+                layer.scales[slot] = lora.scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,15 +18,23 @@ class AdaptedLayer:
         weights: the names that its weight has in the model, more than one if it is tied.
         shape: of the weight as ``linear`` takes it, ``[out, in]``.
         transposed: whether the module has it the other way round (GPT-2's Conv1D).
-        tensors: first matrices, second matrices, ranks and scales of all slots; see :mod:`skipc.kernels.lora`. They
-            never move.
+        memory: where the matrices of all slots lie, flat; other layers' lie there, too.
+        where: int64 ``[slots, 4]``.
+        scales: fp32 ``[slots]``; see :mod:`skipc.kernels.lora` for all three. They never move.
     """
 
     path: str
     weights: tuple[str, ...]
     shape: tuple[int, int]
     transposed: bool
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    memory: torch.Tensor
+    where: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As kernels take them."""
+        return self.memory, self.memory, self.where, self.scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +53,11 @@ class Wanted:
         """Say what ``other`` says, in place."""
         self.table.copy_(other.table)
         self.gates.copy_(other.gates)
+
+
+def operands_of(layers: Iterable[AdaptedLayer]) -> list[torch.Tensor]:
+    """What the adapters of some layers are held by, each tensor once."""
+    return list({id(t): t for layer in layers for t in layer.operands}.values())
 
 
 @runtime_checkable

@@ -160,8 +160,8 @@ class ProgramSpec:
     extent: tuple[Size, Size] = (None, None)  # of the stream: batch and tokens
     regions: tuple[RegionInfo, ...] = field(default=())
     given: int = -1  # how many of the inputs a call gives; behind them come those of adapters and replacements
-    adapted: tuple[str, ...] = ()  # paths of the layers that adapters have inputs for, in order
-    attached: frozenset[str] = frozenset()  # those that add what their adapters say
+    adapted: tuple[str, ...] = ()  # paths of the layers whose adapters are inputs, in order
+    attached: frozenset[str] = frozenset()  # those that add what these say
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from skipc.kernels.lora import matrices
 
 import skipc
 from skipc.adapters.adapter import Adapter, LoRA
@@ -313,11 +314,12 @@ def test_folders_models_and_adapters_are_loaded(tmp_path: Path) -> None:
     bank.load("adapter", Adapter.load(tmp_path))
     bank.lease(["folder", "memory", "adapter"]).release()
     for layer in bank.layers.values():
-        a, b, ranks, scales = layer.tensors
-        assert torch.equal(a[0], a[1])
-        assert torch.equal(b[0], b[2])
-        assert ranks[:3].tolist() == [3, 3, 3]
-        assert scales[0] == scales[2]
+        found = [matrices([*layer.operands], 0, slot, layer.shape[1], layer.shape[0]) for slot in range(3)]
+        for a, b, scale in found:
+            assert torch.equal(a, found[0][0])
+            assert torch.equal(b, found[0][1])
+            assert scale == found[0][2]
+        assert layer.where[:, 0].tolist() == [3, 3, 3, 0, 0, 0, 0, 0]
     assert repr(bank) == "AdapterBank(3 adapters, 3 of 8 slots, 14 layers, rank 8)"
 
 

@@ -57,26 +57,32 @@ class Layers:
         generator = torch.Generator().manual_seed(3)
         self.parts: list[list[tuple[torch.Tensor, torch.Tensor, float] | None]] = []
         self.operands: list[torch.Tensor | None] = []
-        room = max(ranks) + 3
+        room, at = max(ranks) + 3, 5
+        arena = torch.full(
+            (at + sum(len(ranks) * room * (n + PACK + k) for n, k in shapes),), float("nan"), dtype=dtype
+        )
         for n, k in shapes:
-            a = torch.full((len(ranks), room * k), float("nan"), dtype=dtype)
-            b = torch.full((len(ranks), room * (n + -n % PACK)), float("nan"), dtype=dtype)
-            scales, own = torch.full((len(ranks),), float("nan")), []
+            scales, own, where = torch.full((len(ranks),), float("nan")), [], []
             for slot, rank in enumerate(ranks):
                 if not rank:
                     own.append(None)
+                    where.append([0, -1, -1, room])
                     continue
                 first = torch.randn(rank, k, generator=generator).to(dtype)
                 second = torch.randn(n, rank, generator=generator).to(dtype)
                 scales[slot] = 0.5 + slot
                 own.append((first, second, float(scales[slot])))
-                a[slot, : rank * k] = first.flatten()
-                b[slot, : len(pack(second))] = pack(second)
-            if not packed:
-                (first, second, _) = own[0]  # type: ignore[misc]
-                a, b, scales, own = first[None], second[None], scales[:1], own[:1]
+                arena[at : at + rank * k] = first.flatten()
+                where.append([rank, at, at + rank * k + 2, room])
+                at += rank * k + 2
+                arena[at : at + len(pack(second))] = pack(second)
+                at += len(pack(second)) + 1
             self.parts.append(own)
-            self.operands += [a, b, torch.tensor([0 if o is None else len(o[0]) for o in own]), scales]
+            if packed:
+                self.operands += [arena, arena, torch.tensor(where), scales]
+            else:
+                (first, second, _), rank = own[0], ranks[0]  # type: ignore[misc]
+                self.operands += [first, second, torch.tensor([[rank, 0, 0, rank]]), scales]
 
     def given(self, rows: Sequence[dict[int, float]]) -> list[Any]:
         return [*self.operands, *wants(rows)]
