@@ -53,7 +53,6 @@ void linears(const float* x, int64_t R, int64_t K, const std::vector<Part<T>>& p
       const int64_t n = std::max(begin, p.first), count = std::min(begin + size, p.first + p.count) - n;
       if (count <= 0) continue;
       const int64_t row = n - p.first;
-      if (adapted && p.low.a) fetch_second(p.low, R, row, count, wanted);
       block<T>(count, x, R, K, p.w + row * p.stride, p.stride, sums.data());
       if (adapted && p.low.a) expand(p.low, R, row, count, wanted, bridge, sums.data());
       for (int64_t r = 0; r < R; r++)
@@ -151,7 +150,6 @@ struct GatedMLP {
     std::vector<float> a(R * BLOCK + W), b(R * BLOCK + W);  // read by whole vectors
     const bool adapted = shrink<T>(rows.data(), R, K, entry, wanted, between);
     const auto product = [&](const Part<T>& p, int64_t n, int64_t count, float* sums) {
-      if (adapted && p.low.a) fetch_second(p.low, R, n, count, wanted);
       block<T>(count, rows.data(), R, K, p.w + n * p.stride, p.stride, sums);
       if (adapted && p.low.a) expand(p.low, R, n, count, wanted, between, sums);
     };

@@ -110,17 +110,6 @@ bool shrink(const float* x, int64_t R, int64_t K, const Parts& parts, const Want
   return true;
 }
 
-// Calls what `expand` will read into the cache, while something else is computed.
-template <typename T>
-void fetch_second(const Low<T>& low, int64_t R, int64_t row, int64_t count, const Wanted& wanted) {
-  if (!low.packed) return;
-  wanted.stretches(R, [&](int64_t, int64_t, int64_t, int64_t slot) {
-    const int64_t size = low.rank(slot) * PACK, first = (low.row + row) / PACK, last = (low.row + row + count - 1) / PACK;
-    const char* at = (const char*)(low.second(slot) + first * size);
-    for (int64_t n = 0, bytes = (last - first + 1) * size * sizeof(T); n < bytes; n += 64) fetch(at + n);
-  });
-}
-
 // sums[r * BLOCK + n] += the second matrices times `bridge`, for `count` outputs of a part from `row` on.
 template <typename T>
 void expand(const Low<T>& low, int64_t R, int64_t row, int64_t count, const Wanted& wanted, const float* bridge, float* sums) {
@@ -141,7 +130,11 @@ void expand(const Low<T>& low, int64_t R, int64_t row, int64_t count, const Want
         store(sums + r * BLOCK, even + odd);
       }
     };
-    if (low.packed && count == BLOCK && row % BLOCK == 0) return add(b + row / PACK * PACK * rank + row % PACK, PACK);
+    if (low.packed && count == BLOCK && row % BLOCK == 0) {
+      const T* at = b + row / PACK * PACK * rank + row % PACK;
+      for (int64_t n = 0; n < rank * PACK * int64_t(sizeof(T)); n += 64) fetch((const char*)at + AHEAD / 2 + n);
+      return add(at, PACK);
+    }
     if (!low.packed && count == BLOCK) {
       std::vector<float> turned(rank * BLOCK);
       for (int64_t n = 0; n < BLOCK; n++)
