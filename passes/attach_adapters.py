@@ -37,7 +37,8 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[t
     found = list(_layers_in(gm.graph, bank.layers.values()))
     if not found:
         return (), frozenset()
-    last, inputs = last_input(gm.graph), {}
+    last = last_input(gm.graph)
+    inputs: dict[int, fx.Node] = {}
     for value in operands_of(layer for layer, _, _ in found):
         last = inputs[id(value)] = _input(gm.graph, last, f"adapters_{len(inputs)}", value, parameter=True)
     wanted = []
@@ -46,9 +47,9 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[t
         wanted.append(last)
     attached = set()
     for layer, weight, uses in found:
-        value = tensor(weight)
-        assert value is not None
-        if tuple(value.shape) == (layer.shape[::-1] if layer.transposed else layer.shape):
+        size = tensor(weight)
+        assert size is not None
+        if tuple(size.shape) == (layer.shape[::-1] if layer.transposed else layer.shape):
             for use in uses:
                 _attach(use, weight, [*(inputs[id(t)] for t in layer.operands), *wanted])
             attached.add(layer.path)

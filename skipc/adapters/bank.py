@@ -164,7 +164,8 @@ class AdapterBank:
             AdapterError: for a name that is not loaded, and if there are not enough slots.
         """
         every = isinstance(rows, str | Mapping)
-        wanted = [_factors(row) for row in ([rows] if every else rows)]  # type: ignore[list-item,union-attr]
+        each: Sequence[Row] = [rows] if isinstance(rows, str | Mapping) else rows
+        wanted = [_factors(row) for row in each]
         most = max((len(row) for row in wanted), default=0)
         if most > MOST:
             raise AdapterError(f"a row wants {most} adapters, and {MOST} are possible")
