@@ -153,7 +153,10 @@ def compile(model: torch.nn.Module, config: Config | None = None, **options: Any
     compile_options = {k: options.pop(k) for k in ("dynamic", "fullgraph") if k in options}
     if config is not None and options:
         raise ConfigError("give either a Config or options, not both")
-    return CompiledModel(model, config or Config(**options), **compile_options)
+    config = config or Config(**options)
+    if config.adapters is not None and config.adapters.model is not model:
+        raise ConfigError("the bank of option 'adapters' was made for another model")
+    return CompiledModel(model, config, **compile_options)
 
 
 def session(function: Any, **settings: Any) -> Session:

@@ -116,6 +116,7 @@ void expand(const Low<T>& low, int64_t R, int64_t row, int64_t count, const Want
   row += low.row;
   wanted.stretches(R, [&](int64_t first, int64_t end, int64_t i, int64_t slot) {
     const int64_t rank = low.rank(slot);
+    if (!rank) return;
     const T* b = low.second(slot);
     const auto add = [&](const auto* at, int64_t step) {  // `BLOCK` outputs, of which one more rank lies `step` further
       for (int64_t r = first; r < end; r++) {

@@ -141,6 +141,11 @@ class AdapterBank:
             self._find(name).enabled = enabled
 
     @property
+    def model(self) -> torch.nn.Module | None:
+        """Whose layers they are; None once it is gone."""
+        return self._model()
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What can be asked for."""
         return tuple(self._loaded)
@@ -173,7 +178,8 @@ class AdapterBank:
             raise AdapterError(f"{len(wanted)} rows of {most} adapters are more than {_TABLE - 2}")
         with self._changed:
             held = self._hold({name: self._find(name) for row in wanted for name in row})
-            table = self._tables.pop() if self._tables else self.blank()
+            made = self._tables.pop() if self._tables else self.blank()
+        table = Wanted(*made.tensors)  # another one, although it lies where that of an earlier lease did
         slots = [[held[n].slot if held[n].enabled else -1 for n in row] + [-1] * (most - len(row)) for row in wanted]
         gates = [[*row.values(), *[0.0] * (most - len(row))] for row in wanted]
         count = len(wanted) * most
@@ -259,10 +265,9 @@ class AdapterBank:
         return Adapter(name, found.layers, found.weights)
 
     def _check(self, adapter: Adapter) -> None:
-        model = self._model()
-        if model is None:
+        if self.model is None:
             raise AdapterError("the model of this bank is gone")
-        adapter.check(model)
+        adapter.check(self.model)
         if adapter.weights:
             raise AdapterError(
                 f"adapter {adapter.name!r} has a value of its own for {next(iter(adapter.weights))}, which rows cannot "

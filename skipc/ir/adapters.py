@@ -64,6 +64,7 @@ def operands_of(layers: Iterable[AdaptedLayer]) -> list[torch.Tensor]:
 class Bank(Protocol):
     """What programs need of a :class:`skipc.AdapterBank`."""
 
+    model: torch.nn.Module | None
     layers: dict[str, AdaptedLayer]
     nobody: Wanted  # no row wants anything
 

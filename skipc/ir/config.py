@@ -117,7 +117,11 @@ class Config(BaseModel):
 
     def cache_key(self) -> str:
         """A digest of every field."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True, default=id).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True, default=_digest).encode()).hexdigest()
+
+
+def _digest(value: Any) -> Any:
+    return id(value) if isinstance(value, Bank) else repr(value)
 
 
 def list_options() -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from skipc.kernels.lora import matrices
+from skipc.runtime.generation import Decoder
 
 import skipc
 from skipc.adapters.adapter import Adapter, LoRA
@@ -159,6 +160,30 @@ def test_from_one_to_another_to_none(llama: Case) -> None:
             found.append(llama.compiled(given).logits)
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[3], llama.compiled(given).logits)
+
+
+def test_a_decode_loop_follows_its_sessions(llama: Case) -> None:
+    """One decoder, whose inputs are bound, under one session after the other, without a new prompt between them."""
+    decoder = Decoder(llama.base, llama.compiled, 2, 64, padded=False)
+    decoder.fix_sizes()
+    decoder.prefill(ids(2, 5), None)
+
+    def step() -> torch.Tensor:
+        for layer in decoder.cache.layers:
+            layer.cumulative_length.fill_(5)
+        return decoder.decode(torch.tensor([7, 8]), watched=False).clone()
+
+    plain = [step() for _ in range(4)][-1]
+    assert decoder.replay.replayed
+    found = {}
+    for _ in range(2):
+        for wanted in (("r4", "r7"), ("r7", "r4"), ("r16", None)):
+            with llama.compiled.session(adapters=wanted):
+                assert torch.equal(found.setdefault(wanted, step()), step())
+        assert torch.equal(step(), plain)
+    assert torch.equal(found["r16", None][1], plain[1])
+    assert not torch.allclose(found["r4", "r7"], found["r7", "r4"])
+    assert llama.bank._tables  # which they had one after the other
 
 
 def test_threads_never_mix(llama: Case) -> None:
@@ -350,6 +375,8 @@ def test_what_a_bank_cannot_hold_is_refused(tmp_path: Path) -> None:
     for options in ({"slots": 0}, {"max_rank": 0}, {"when_full": "cry"}):
         with pytest.raises(skipc.AdapterError):
             skipc.AdapterBank(base, **options)
+    with pytest.raises(skipc.ConfigError, match="made for another model"):
+        skipc.compile(ZOO["llama"].build(), adapters=bank)
     for options in ({"adapters": 3}, {"adapters": bank, "lowering": "cond"}, {"adapters": bank, "preset": "off"}):
         with pytest.raises(skipc.ConfigError, match="adapters"):
             skipc.Config(**options)
