@@ -194,8 +194,13 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
 _MODEL = re.compile(r"^[LG]\['(?:args'\]\[0|[^']*')\]")
 
 
+# How Dynamo names a submodule of a module that looks up attributes by a method of its own (PEFT's).
+_IN_DICT = re.compile(r"\.__dict__\['_modules'\]\['([^']*)'\]")
+
+
 def in_model(path: str) -> str | None:
     """The part of a path from Dynamo behind the model (``.model.layers.3``); None if it does not begin with one."""
+    path = _IN_DICT.sub(r".\1", path)
     found = _MODEL.match(path)
     return path[found.end() :] if found else None
 
