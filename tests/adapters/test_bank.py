@@ -80,34 +80,33 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+SLOW = ("gemma2", "opt", "gpt_neox")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in ARCHITECTURES])
 def test_mixed_rows_give_what_peft_gives(name: str) -> None:
-    case = Case(name, **ARCHITECTURES[name])
+    case = Case(name, torch.bfloat16 if name == "llama" else torch.float32, **ARCHITECTURES[name])
     given, wanted = ids(4, 9), ["r4", None, "r16", "r7"]
     with case.compiled.session(adapters=wanted):
         found = logits(case.compiled, given)
     base = logits(case.base, given)
     eager = torch.cat([logits(case.eager(w), given[i : i + 1]) for i, w in enumerate(wanted)])
     truth = torch.cat([logits(case.eager(w, True), given[i : i + 1]) for i, w in enumerate(wanted)])
-    case.base.float()
+    case.base.to(base.dtype)
     assert_no_further(truth, eager, found, factor=4)  # rows of one call meet other products than rows alone
     assert all(not torch.allclose(found[i], base[i], atol=1e-2) for i in (0, 2, 3))
     assert torch.equal(logits(case.compiled, given)[1], found[1])  # no session: no row wants anything
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_generated_text_is_that_of_peft(dtype: torch.dtype, llama: Case) -> None:
-    case = llama if dtype == torch.float32 else Case("llama", dtype)
+def test_generated_text_is_that_of_peft(llama: Case) -> None:
     given = ids(3, 5)
     for wanted in (["r4", None, "r16"], ["r7", "r7", "r7"], [None, "r16", "r4"]):
-        with case.compiled.session(adapters=wanted):
-            found = skipc.generate(case.compiled, given, max_new_tokens=8)
-        if dtype == torch.bfloat16:
-            continue  # ties are common, so that texts may part; logits are compared above and below
+        with llama.compiled.session(adapters=wanted):
+            found = skipc.generate(llama.compiled, given, max_new_tokens=8)
         for i, name in enumerate(wanted):
             row = given[i : i + 1]
             mask = torch.ones_like(row)
-            text = case.eager(name).generate(input_ids=row, attention_mask=mask, max_new_tokens=8, do_sample=False)
+            text = llama.eager(name).generate(input_ids=row, attention_mask=mask, max_new_tokens=8, do_sample=False)
             assert torch.equal(found[i], text[0])
 
 
