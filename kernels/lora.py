@@ -6,7 +6,7 @@ The adapters of a layer lie in slots, and four tensors hold them:
   places of one flat tensor that both are; or, of one slot, as they are;
 * ``where``, int64 ``[slots, 4]``: for each slot its rank (0 where it has nothing for the layer), the places in ``a``
   and ``b`` where its matrices begin, and the largest rank that there can be;
-* ``scales``, fp32 ``[slots]``.
+* ``scales``, fp32 ``[slots]``; of one slot, one number.
 
 Two more say what rows want, in tensors whose form never changes:
 
@@ -90,7 +90,7 @@ def matrices(lora: Lora, at: int, slot: int, k: int, n: int) -> tuple[torch.Tens
     if not rank:
         return None
     if a.dim() == 2:
-        return a, b.T, float(scales[slot])
+        return a, b.T, float(scales)
     return a[first : first + rank * k].view(rank, k), unpack(b[second:], n, rank), float(scales[slot])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from skipc.passes.dataflow import Dataflow
-from skipc.passes.fx_edit import fake_mode_of, infer, labels_of, last_input
+from skipc.passes.fx_edit import add_input, infer, labels_of
 from skipc.passes.ops import op_name, tensor
 from skipc.passes.residual import Streams
 from skipc.passes.substitute_weights import weight_name
@@ -37,14 +37,13 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[t
     found = list(_layers_in(gm.graph, bank.layers.values()))
     if not found:
         return (), frozenset()
-    last = last_input(gm.graph)
     inputs: dict[int, fx.Node] = {}
     for value in operands_of(layer for layer, _, _ in found):
-        last = inputs[id(value)] = _input(gm.graph, last, f"adapters_{len(inputs)}", value, parameter=True)
+        inputs[id(value)] = add_input(gm.graph, f"adapters_{len(inputs)}", value)
     wanted = []
     for name, value in zip(("adapters_wanted", "adapters_gates"), bank.nobody.tensors, strict=True):
-        last = _input(gm.graph, last, name, value, parameter=False)
-        wanted.append(last)
+        wanted.append(add_input(gm.graph, name, value))
+        wanted[-1].meta["example_value"]._is_param = False  # each call's own
     attached = set()
     for layer, weight, uses in found:
         size = tensor(weight)
@@ -104,17 +103,3 @@ def _attach(node: fx.Node, weight: fx.Node, lora: list[fx.Node]) -> None:
         node.args = (names["input"], names["weight"], names.get("bias"), lora)  # type: ignore[assignment]
     node.kwargs = {}
     node.op, node.target = "call_function", torch.ops.skipc.lora_linear.default
-
-
-def _input(graph: fx.Graph, after: fx.Node, name: str, value: torch.Tensor, parameter: bool) -> fx.Node:
-    mode = fake_mode_of(graph)
-    assert mode is not None
-    with graph.inserting_after(after):
-        node = graph.placeholder(name)
-    with mode:
-        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    if parameter:
-        made._is_param = True  # type: ignore[attr-defined]  # part of the model, as far as passes ask
-    node.meta["example_value"] = made
-    node._dynamo_source = None  # type: ignore[attr-defined]
-    return node

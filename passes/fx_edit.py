@@ -64,6 +64,34 @@ def last_input(graph: fx.Graph) -> fx.Node:
     return next(n for n in reversed(list(graph.nodes)) if n.op == "placeholder")
 
 
+def add_input(
+    graph: fx.Graph,
+    name: str,
+    like: torch.Tensor,
+    constant: torch.Tensor | None = None,
+    device: torch.device | None = None,
+) -> fx.Node:
+    """A parameter of the form of ``like`` (on another device, if that is given) behind all inputs. A ``constant`` is
+    what the program passes at each call."""
+    mode, last = fake_mode_of(graph), last_input(graph)
+    assert mode is not None
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    with mode:
+        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device or like.device)
+    made._is_param = True  # type: ignore[attr-defined]  # part of the model, as far as passes ask
+    node.meta["example_value"] = made
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    if constant is not None:
+        node.meta["constant"] = constant
+    return node
+
+
+def constants_of(graph: fx.Graph) -> list[torch.Tensor]:
+    """What passes made inputs of that are the same at each call, in order. They lie behind the inputs of calls."""
+    return [n.meta["constant"] for n in graph.nodes if n.op == "placeholder" and "constant" in n.meta]
+
+
 def erase_unused(node: fx.Node) -> None:
     """Erase ``node`` and then, one by one, the arguments that nobody else uses and that do nothing but compute.
     (``eliminate_dead_code`` would take writes to caches with it.)"""

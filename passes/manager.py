@@ -125,7 +125,7 @@ class PassManager:
 
 def signature(graph: fx.Graph) -> list[Any]:
     """What the caller of a graph can see: names of placeholders, and dtypes and shapes of outputs."""
-    seen: list[Any] = [n.name for n in graph.nodes if n.op == "placeholder"]
+    seen: list[Any] = [n.name for n in graph.nodes if n.op == "placeholder" and "constant" not in n.meta]
     output = next(iter(reversed(graph.nodes)))
     flat, _ = torch.utils._pytree.tree_flatten(output.args)
     for value in flat:

@@ -7,6 +7,7 @@ from skipc.passes.decompose_fast_paths import DecomposeFastPaths
 from skipc.passes.find_sites import FindSites
 from skipc.passes.fold_grouped_queries import FoldGroupedQueries
 from skipc.passes.functionalize_inplace import FunctionalizeInplace
+from skipc.passes.fuse_lora import FuseLora
 from skipc.passes.hoist_slices import HoistSlices
 from skipc.passes.lower_attention import LowerAttention
 from skipc.passes.lower_attention_block import LowerAttentionBlock
@@ -21,7 +22,8 @@ PIPELINE: tuple[type[Pass], ...] = (
     DecomposeFastPaths,  # first: what it opens is cleaned by the passes after it
     RemoveNoops,  # before any matching, so that eval dropout and idle casts hide no sum
     FunctionalizeInplace,  # `h += f(h)` must be a value before streams are followed
-    HoistSlices,  # behind both: what it looks for must be a value, with nothing idle in between
+    FuseLora,  # behind both: dropout and casts hide its form; a sum with an adapter is no residual sum
+    HoistSlices,  # behind these: what it looks for must be a value, with nothing idle in between
     ShareCommonValues,  # before narrowing, which finds one range for each mask
     FoldGroupedQueries,  # before narrowing, which reads its form; both look through whole layers
     NarrowKVCache,  # over the whole graph: one range serves every layer

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from skipc.passes.branch_spans import Span, Spans
 from skipc.passes.dataflow import Dataflow
-from skipc.passes.fx_edit import erase_unused, fake_mode_of, infer, labels_of, last_input
+from skipc.passes.fx_edit import add_input, erase_unused, infer, labels_of
 from skipc.passes.ops import tensor
 from skipc.passes.residual import Streams
 from torch import fx
@@ -32,7 +32,6 @@ def replace_sites(gm: fx.GraphModule, streams: Streams, replaced: Replaced) -> N
             its replacement was made of.
     """
     graph, terms = gm.graph, {t.name: (t, j) for j in streams.junctions for t in j.terms}
-    last = last_input(graph)
     flow = Dataflow(graph)
     spans, every = Spans(flow, streams.junctions), []
     for one in replaced.sites:
@@ -46,8 +45,7 @@ def replace_sites(gm: fx.GraphModule, streams: Streams, replaced: Replaced) -> N
     for one, span, writes in every:
         inputs = []
         for name, shape in zip(one.kind.names(), one.shapes, strict=True):
-            last = _input(graph, last, f"{one.site}_{name}", shape, span)
-            inputs.append(last)
+            inputs.append(_input(graph, f"{one.site}_{name}", shape, span))
         made = made_of[span.made] = _EMIT[one.kind](graph, span, inputs)
         span.made.replace_all_uses_with(made)
         erase_unused(span.made)
@@ -64,19 +62,12 @@ def replace_sites(gm: fx.GraphModule, streams: Streams, replaced: Replaced) -> N
         term.branch = flow.between(junction.point, term.value)
 
 
-def _input(graph: fx.Graph, after: fx.Node, name: str, shape: Sequence[int], span: Span) -> fx.Node:
+def _input(graph: fx.Graph, name: str, shape: Sequence[int], span: Span) -> fx.Node:
     """A parameter of a replacement."""
-    value, mode = tensor(span.point), fake_mode_of(graph)
+    value = tensor(span.point)
     assert value is not None
-    assert mode is not None
-    with graph.inserting_after(after):
-        node = graph.placeholder(re.sub(r"\W+", "_", name))
-    with mode:
-        made = torch.empty(tuple(shape), dtype=value.dtype, device=value.device)
-    made._is_param = True  # type: ignore[attr-defined]  # part of the model, as far as passes ask
-    node.meta["example_value"] = made
-    node._dynamo_source = None  # type: ignore[attr-defined]
-    return node
+    like = torch.empty(tuple(shape), dtype=value.dtype, device="meta")
+    return add_input(graph, re.sub(r"\W+", "_", name), like, device=value.device)
 
 
 def _affine(graph: fx.Graph, span: Span, inputs: Sequence[fx.Node]) -> fx.Node:

@@ -93,7 +93,7 @@ def _work(
 
 
 _ATTENTIONS = frozenset(["scaled_dot_product_attention", "grouped_attention"])
-_PRODUCTS = frozenset(["linear", "matmul", "__matmul__", "bmm", "addmm", "mm", "baddbmm"])
+_PRODUCTS = frozenset(["linear", "lora_linear", "matmul", "__matmul__", "bmm", "addmm", "mm", "baddbmm"])
 _WITH_SUM = frozenset(["addmm", "baddbmm"])  # what is added comes first
 
 

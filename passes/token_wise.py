@@ -113,7 +113,7 @@ def _dimension(node: fx.Node, given: dict[fx.Node, int], value: torch.Tensor) ->
         return value.dim() - 2
     if len(given) > 1 and name not in ("view_as", "expand_as"):
         raise _Mixed
-    if name == "linear" and at < rank - 1:
+    if name in ("linear", "lora_linear") and at < rank - 1:
         return at
     if name in ("rms_norm", "layer_norm"):
         shape = argument(node, "normalized_shape", node.args[1] if len(node.args) > 1 else ())

@@ -63,6 +63,7 @@ class Program:
         huge_pages: bool = False,
         compile_for: CompileFor | None = None,
         bank: Bank | None = None,
+        constants: Sequence[torch.Tensor] = (),
     ):
         self.spec = spec
         self.functions = tuple(functions)
@@ -71,7 +72,7 @@ class Program:
         self.huge_pages = huge_pages
         self.bank = bank if spec.adapted else None
         layers = bank.layers if bank is not None else {}
-        self._adapters = operands_of(layers[path] for path in spec.adapted)
+        self._kept = [*constants, *operands_of(layers[path] for path in spec.adapted)]  # inputs behind those of a call
         self._model_inputs = tuple(i for i in spec.parameters if i < spec.given) if spec.given >= 0 else spec.parameters
         self.variants = Variants(self, compile_for)
         self.plan: Plan | None = None  # what calls run under, unless their session brings a plan
@@ -115,15 +116,16 @@ class Program:
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         session = sessions.session_for(self.parameters_of(inputs)) if sessions.any_open() else None
-        every = inputs if self.bank is None else self._with(inputs, session.wanted_of(self) if session else None)
+        every = self._with(inputs, session.wanted_of(self) if session and self.bank else None)
         outputs = self._alone(every) if session is None else session.call(self, every)
         note_call(self, inputs, outputs)
         return outputs
 
     def _with(self, inputs: Sequence[Any], wanted: Wanted | None) -> tuple[Any, ...]:
-        """All inputs: those of a call, what the bank holds, and what rows want of it."""
-        assert self.bank is not None
-        return (*inputs, *self._adapters, *(wanted or self.bank.nobody).tensors)
+        """All inputs: those of a call, constants, what the bank holds, and what rows want of it."""
+        if self.bank is None:
+            return (*inputs, *self._kept) if self._kept else tuple(inputs)
+        return (*inputs, *self._kept, *(wanted or self.bank.nobody).tensors)
 
     def _alone(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """A call without a session."""
@@ -145,9 +147,7 @@ class Program:
 
     def repeated(self, inputs: Sequence[Any]) -> Repeated:
         """The program on inputs of a call that stay."""
-        if self.bank is None:
-            return Repeated(self, inputs)
-        wanted = self.bank.blank()
+        wanted = self.bank.blank() if self.bank is not None else None
         return Repeated(self, self._with(inputs, wanted), wanted)
 
     def parameters_of(self, inputs: Sequence[Any]) -> list[int]:

@@ -17,7 +17,7 @@ from skipc.ir.plan import Plan
 from skipc.ir.replacement import Replaced
 from skipc.passes.attach_adapters import attach_adapters
 from skipc.passes.base import Pass, PassContext
-from skipc.passes.fx_edit import copy_graph
+from skipc.passes.fx_edit import constants_of, copy_graph
 from skipc.passes.lowering.inductor import check_torch_version, compile_whole, late_guards
 from skipc.passes.lowering.outline import Outline
 from skipc.passes.lowering.whole import lower_cond, lower_static
@@ -147,7 +147,16 @@ def build_program(gm: fx.GraphModule, config: Config, replaced: Replaced = _NONE
             symbols = {v.node.expr: i for i, v in enumerate(values) if isinstance(v, torch.SymInt)}
             return program, SizeGuards(tuple(guards), symbols)
 
-        return Program(outline.spec, functions, config.kv, partial, config.huge_pages, compile_for, config.adapters)
+        return Program(
+            outline.spec,
+            functions,
+            config.kv,
+            partial,
+            config.huge_pages,
+            compile_for,
+            config.adapters,
+            outline.constants,
+        )
     # What stays with Inductor as a whole keeps to torch's own operations: no kernels for regions.
     outline, manager = build_outline(gm, config, region_passes=())
     assert manager.ctx.streams is not None
@@ -173,7 +182,8 @@ def build_outline(
     transformed = manager.run(gm)
     streams = manager.ctx.streams
     assert streams is not None
-    given = len(_placeholders(transformed))
+    constants = constants_of(transformed.graph)
+    given = len(_placeholders(transformed)) - len(constants)
     bank = config.adapters
     adapted, attached = attach_adapters(transformed, streams, bank) if bank is not None else ((), frozenset())
     if replaced.sites:
@@ -182,6 +192,7 @@ def build_outline(
         raise NoResidualStreamError(FallbackReason.NO_STREAM)
     outline = Outline(transformed, streams, manager)
     outline.spec = dataclasses.replace(outline.spec, given=given, adapted=adapted, attached=attached)
+    outline.constants = constants
     return outline, manager
 
 

@@ -58,7 +58,7 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {
-            "config": self.config.model_dump(),
+            "config": self.config.model_dump(mode="json"),
             "graphs": [
                 {
                     "fallback": g.fallback,

@@ -54,6 +54,7 @@ class Outline:
         self.partition = Partition(gm.graph, self.flow, streams.junctions)
         self.builder = ArmBuilder(self.partition)
         self.names = _variable_names(gm.graph, self.partition)
+        self.constants: list[torch.Tensor] = []  # inputs behind those of a call
         self.regions: list[Region] = []
         self._by_structure: dict[str, int] = {}
         self._symbols_of_call: list[tuple[int, list[sympy.Symbol]]] = []

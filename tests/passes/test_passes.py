@@ -198,6 +198,7 @@ class TestManager:
         assert [p.name for p in explanation.graphs[0].passes] == [
             "decompose_fast_paths",
             "remove_noops",
+            "fuse_lora",
             "hoist_slices",
             "share_common_values",
             "fold_grouped_queries",
