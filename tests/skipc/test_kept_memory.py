@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,7 +32,15 @@ def use_buffers() -> None:
     del buffers
 
 
-def test_memory_is_kept_used_again_and_goes_back_afterwards() -> None:
+@pytest.mark.parametrize("check", ["kept_used_again_and_given_back", "given_back_after_an_error"])
+def test_memory_is(check: str) -> None:
+    """In a process of its own, whose heap has no free memory from before."""
+    command = [sys.executable, "-c", f"from tests.skipc import test_kept_memory as t; t.{check}()"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+
+
+def kept_used_again_and_given_back() -> None:
     use_buffers()
     before = resident()
     with kept_memory():
@@ -44,7 +53,7 @@ def test_memory_is_kept_used_again_and_goes_back_afterwards() -> None:
     assert resident() < kept - _BYTES / 2
 
 
-def test_memory_goes_back_after_an_error() -> None:
+def given_back_after_an_error() -> None:
     seen: list[int] = []
 
     @kept_memory()
