@@ -29,7 +29,10 @@ def _normed(x: torch.Tensor, norm: torch.Tensor | None, eps: float) -> torch.Ten
 
 
 def _adapted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora: Lora, at: int) -> torch.Tensor:
-    out = F.linear(x, weight.float(), bias)
+    return _add_rows(F.linear(x, weight.float(), bias), x, lora, at)
+
+
+def _add_rows(out: torch.Tensor, x: torch.Tensor, lora: Lora, at: int) -> torch.Tensor:
     add_lora(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), lora, at)
     return out
 
@@ -90,11 +93,11 @@ def gated_mlp(
         ``[..., n]``, computed in fp32 and rounded once.
     """
     rows = _normed(x, norm, eps)
-    gates = _adapted(rows, gate, None, lora, 0)
-    if up is None:
-        gates, ups = gates.chunk(2, dim=-1)
+    if up is None:  # computed like two weights, so that both forms give the same bits
+        both = torch.cat([F.linear(rows, w.float()) for w in gate.chunk(2)], -1)
+        gates, ups = (half.contiguous() for half in _add_rows(both, rows, lora, 0).chunk(2, dim=-1))
     else:
-        ups = _adapted(rows, up, None, lora, 1)
+        gates, ups = (_adapted(rows, w, None, lora, i) for i, w in enumerate((gate, up)))
     acts = (F.silu(gates), F.gelu(gates, approximate="tanh"), F.relu(gates))
     out = _adapted(acts[activation] * ups, down, None, lora, 2)
     return (out if residual is None else out + residual.float()).to(x.dtype)

@@ -47,8 +47,11 @@ def kept_used_again_and_given_back() -> None:
         use_buffers()
         kept = resident()
         assert kept > before + _BYTES / 2
+        before_faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(9):
             use_buffers()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before_faults
+        assert faults < 9 * _BYTES / 4096 / 10, "buffers are not used again"
         assert resident() < before + 3 * _BYTES, "it grows from use to use"
     assert resident() < kept - _BYTES / 2
 
