@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import add_input, infer, labels_of
-from skipc.passes.ops import op_name, tensor
+from skipc.passes.ops import op_name, same_sizes, tensor
 from skipc.passes.residual import Streams
 from skipc.passes.substitute_weights import weight_name
 from torch import fx
@@ -18,47 +19,50 @@ from skipc.ir.errors import AdapterError
 _LOOKUPS = frozenset(["embedding"])  # uses of a tied weight that no adapter of the linear layer changes
 
 
-def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[tuple[str, ...], frozenset[str]]:
+def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[tuple[str, ...], dict[str, str]]:
     """Edit ``gm``: linear layers that ``bank`` knows become ``skipc.lora_linear``. The tensors of the bank that they
     read become inputs of the graph, behind all others, and then what the rows of the call want.
 
-    A layer whose weight has another shape here (of a plan) stays as it is.
+    A layer stays as it is whose weight has another shape here (of a plan), or that takes other rows than those of the
+    batch, one after the other (positions, tokens gathered for an expert): kernels could not tell whose they are.
 
     Args:
         gm: after the passes over whole graphs.
         streams: of ``gm``; edited, too.
 
     Returns:
-        Paths of the layers whose tensors are inputs, in order; and of those among them that have become adapted.
+        Paths of the layers whose tensors are inputs, in order; and why some of them stay as they are.
 
     Raises:
         AdapterError: for a weight that goes into something else than its linear layer.
     """
     found = list(_layers_in(gm.graph, bank.layers.values()))
     if not found:
-        return (), frozenset()
+        return (), {}
     inputs: dict[int, fx.Node] = {}
     for value in operands_of(layer for layer, _, _ in found):
         inputs[id(value)] = add_input(gm.graph, f"adapters_{len(inputs)}", value)
     wanted = []
     for name, value in zip(("adapters_wanted", "adapters_gates"), bank.nobody.tensors, strict=True):
-        wanted.append(add_input(gm.graph, name, value))
-        wanted[-1].meta["example_value"]._is_param = False  # each call's own
-    attached = set()
+        wanted.append(add_input(gm.graph, name, value, parameter=False))  # each call's own
+    left: dict[str, str] = {}
     for layer, weight, uses in found:
         size = tensor(weight)
         assert size is not None
-        if tuple(size.shape) == (layer.shape[::-1] if layer.transposed else layer.shape):
+        if tuple(size.shape) != (layer.shape[::-1] if layer.transposed else layer.shape):
+            left[layer.path] = f"the plan changes the shape of {layer.path}"
+        elif not all(_by_row(tensor(_input_of(use)), streams) for use in uses):
+            left[layer.path] = f"the rows that {layer.path} takes are not those of the batch"
+        else:
             for use in uses:
                 _attach(use, weight, [*(inputs[id(t)] for t in layer.operands), *wanted])
-            attached.add(layer.path)
     gm.graph.lint()
     gm.recompile()
     flow = Dataflow(gm.graph)
     for junction in streams.junctions:
         for term in junction.terms:
             term.branch = flow.between(junction.point, term.value)
-    return tuple(layer.path for layer, _, _ in found), frozenset(attached)
+    return tuple(layer.path for layer, _, _ in found), left
 
 
 def _layers_in(
@@ -86,6 +90,25 @@ def _multiplies(node: fx.Node, weight: fx.Node, layer: AdaptedLayer) -> bool:
         return op_name(node) == "addmm" and len(node.args) == 3 and node.args[2] is weight and not node.kwargs
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     return op_name(node) == "linear" and given is weight
+
+
+def _input_of(node: fx.Node) -> Any:
+    if op_name(node) == "addmm":
+        return node.args[1]
+    return node.args[0] if node.args else node.kwargs["input"]
+
+
+def _by_row(x: torch.Tensor | None, streams: Streams) -> bool:
+    """Whether ``x`` begins with the batch of a stream, or with all its tokens row by row."""
+    for junction in streams.junctions:
+        stream = tensor(junction.add)
+        if x is None or stream is None or x.dim() < 2 or stream.dim() < 2:
+            continue
+        if same_sizes(x.shape[:1], stream.shape[:1]):
+            return True
+        if x.dim() == 2 and stream.dim() == 3 and same_sizes(x.shape[:1], (stream.shape[0] * stream.shape[1],)):
+            return True
+    return False
 
 
 def _attach(node: fx.Node, weight: fx.Node, lora: list[fx.Node]) -> None:

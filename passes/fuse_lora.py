@@ -73,6 +73,8 @@ class _Constants:
 
 def _read(add: fx.Node, flow: Dataflow) -> _Adapted | None:
     made = tensor(add)
+    if add.kwargs:  # `alpha` scales one of them
+        return None
     for layer, change in (add.args, add.args[::-1]):
         branch = _scaled(change)
         if branch is None or not _linear(layer) or len(layer.users) != 1:  # type: ignore[union-attr]
@@ -94,8 +96,8 @@ def _read(add: fx.Node, flow: Dataflow) -> _Adapted | None:
             or not all(v.is_contiguous() for v in known[1:])
         ):
             continue
-        _, weight, a, _ = known
-        if a.shape[0] < min(weight.shape):  # else no low-rank map
+        _, weight, a, b = known
+        if b.shape[0] == weight.shape[0] and a.shape[0] < min(weight.shape):  # else no low-rank map
             return _Adapted(layer, weights[1], weights[2], scale)  # type: ignore[arg-type]
     return None
 

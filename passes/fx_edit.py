@@ -70,16 +70,17 @@ def add_input(
     like: torch.Tensor,
     constant: torch.Tensor | None = None,
     device: torch.device | None = None,
+    parameter: bool = True,
 ) -> fx.Node:
-    """A parameter of the form of ``like`` (on another device, if that is given) behind all inputs. A ``constant`` is
-    what the program passes at each call."""
+    """An input of the form of ``like`` (on another device, if that is given) behind all others. A ``constant`` is what
+    the program passes at each call; a ``parameter`` is part of the model, as far as passes ask."""
     mode, last = fake_mode_of(graph), last_input(graph)
     assert mode is not None
     with graph.inserting_after(last):
         node = graph.placeholder(name)
     with mode:
         made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device or like.device)
-    made._is_param = True  # type: ignore[attr-defined]  # part of the model, as far as passes ask
+    made._is_param = parameter  # type: ignore[attr-defined]
     node.meta["example_value"] = made
     node._dynamo_source = None  # type: ignore[attr-defined]
     if constant is not None:

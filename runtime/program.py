@@ -164,6 +164,10 @@ class Program:
         """Batch and tokens of a call; 0 where the program cannot tell."""
         return tuple(_size(size, inputs) for size in self.spec.extent)  # type: ignore[return-value]
 
+    def batch(self, inputs: Sequence[Any]) -> int:
+        """Rows of a call; 0 where the program cannot tell."""
+        return _size(self.spec.batch, inputs)
+
     def run(self, inputs: Sequence[Any], how: Arms | GatedCall) -> tuple[Any, ...]:
         """Run with one arm chosen for each step, or with gates that choose as the program goes."""
         selection = _selection(how)

@@ -246,15 +246,15 @@ class Session:
         return self._lease.wanted
 
     def _check_adapters(self, lease: Lease, program: Program, inputs: Sequence[Any]) -> None:
-        batch = program.extent(inputs)[0]
-        if lease.rows is not None and batch and batch != lease.rows:
-            raise SessionError(f"the session has adapters for {lease.rows} rows, and the call has {batch}")
-        lost = lease.paths.keys() & set(program.spec.adapted) - program.spec.attached
-        if lost:
+        batch = program.batch(inputs)
+        if lease.rows is not None and batch != lease.rows:
+            found = batch or "a number of them that cannot be told: give one adapter for all"
+            raise SessionError(f"the session has adapters for {lease.rows} rows, and the call has {found}")
+        if lost := lease.paths.keys() & program.spec.left.keys():
             path = min(lost)
-            raise PlanError(f"the plan changes the shape of {path}, which adapter {lease.paths[path]!r} adds to")
+            raise PlanError(f"{program.spec.left[path]}, which adapter {lease.paths[path]!r} adds to")
         if self._unadapted:
-            self._unadapted = {p: n for p, n in self._unadapted.items() if p not in program.spec.attached}
+            self._unadapted = {p: n for p, n in self._unadapted.items() if p not in set(program.spec.adapted)}
 
     def _steered(
         self,

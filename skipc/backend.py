@@ -12,7 +12,15 @@ import torch
 from torch import fx
 
 from skipc.ir.config import BUDGETS, Config
-from skipc.ir.errors import ConfigError, NoResidualStreamError, PlanError, ProfileError, SkipcError, UnknownSiteError
+from skipc.ir.errors import (
+    AdapterError,
+    ConfigError,
+    NoResidualStreamError,
+    PlanError,
+    ProfileError,
+    SkipcError,
+    UnknownSiteError,
+)
 from skipc.ir.plan import Plan
 from skipc.ir.replacement import Replaced
 from skipc.passes.attach_adapters import attach_adapters
@@ -98,7 +106,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
             if config.on_error == "raise":
                 raise
             reason = FallbackReason.NO_STREAM
-        except (ConfigError, PlanError, ProfileError, UnknownSiteError):
+        except (AdapterError, ConfigError, PlanError, ProfileError, UnknownSiteError):
             raise
         except Exception as error:
             if config.on_error == "raise":
@@ -185,13 +193,13 @@ def build_outline(
     constants = constants_of(transformed.graph)
     given = len(_placeholders(transformed)) - len(constants)
     bank = config.adapters
-    adapted, attached = attach_adapters(transformed, streams, bank) if bank is not None else ((), frozenset())
+    adapted, left = attach_adapters(transformed, streams, bank) if bank is not None else ((), {})
     if replaced.sites:
         replace_sites(transformed, streams, replaced)
     if not streams.junctions:
         raise NoResidualStreamError(FallbackReason.NO_STREAM)
     outline = Outline(transformed, streams, manager)
-    outline.spec = dataclasses.replace(outline.spec, given=given, adapted=adapted, attached=attached)
+    outline.spec = dataclasses.replace(outline.spec, given=given, adapted=adapted, left=left)
     outline.constants = constants
     return outline, manager
 

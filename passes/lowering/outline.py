@@ -74,30 +74,9 @@ class Outline:
             parameters=tuple(i for i, n in enumerate(placeholders) if is_parameter_like(n)),
             weights=tuple((name, i) for i, n in enumerate(placeholders) if (name := weight_name(n)) is not None),
             exposed=self._exposed(streams, output),
-            extent=self._extent(streams, placeholders),
+            extent=_extent(tensor(streams.junctions[-1].add), placeholders),
+            batch=_extent(_with_rows(streams), placeholders)[0],
         )
-
-    @staticmethod
-    def _extent(streams: Streams, placeholders: list[fx.Node]) -> tuple[Size, Size]:
-        """Where to read off batch and tokens of the last stream (of an encoder and a decoder, the decoder's)."""
-        value = tensor(streams.junctions[-1].add)
-        if value is None or value.dim() != 3:
-            return None, None
-
-        def find(size: Any) -> Size:
-            if isinstance(size, int):
-                return size
-            for i, node in enumerate(placeholders):
-                given = node.meta.get("example_value")
-                sizes = given.shape if isinstance(given, torch.Tensor) else ()
-                for dim, other in enumerate(sizes):
-                    if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
-                        return i, dim
-                if isinstance(given, torch.SymInt) and given.node.expr == size.node.expr:
-                    return i, -1
-            return None
-
-        return find(value.shape[0]), find(value.shape[1])
 
     def _exposed(self, streams: Streams, output: fx.Node) -> tuple[int, ...]:
         """Positions of outputs that are points of a stream, or views of one."""
@@ -321,6 +300,33 @@ class Outline:
             for guard in translate(region.guards, symbols, region.symbols):
                 if not self.mode.shape_env.evaluate_expr(guard):
                     raise RuntimeError(f"region {region.name} is shared by places of different sizes: {guard}")
+
+
+def _with_rows(streams: Streams) -> torch.Tensor | None:
+    """The last point of a stream that is of batch and tokens. (Some models take all tokens together in between.)"""
+    values = (tensor(j.add) for j in reversed(streams.junctions))
+    return next((v for v in values if v is not None and v.dim() == 3), None)
+
+
+def _extent(stream: torch.Tensor | None, placeholders: list[fx.Node]) -> tuple[Size, Size]:
+    """Where to read off batch and tokens of a stream (of an encoder and a decoder, the last is the decoder's)."""
+    if stream is None or stream.dim() != 3:
+        return None, None
+
+    def find(size: Any) -> Size:
+        if isinstance(size, int):
+            return size
+        for i, node in enumerate(placeholders):
+            given = node.meta.get("example_value")
+            sizes = given.shape if isinstance(given, torch.Tensor) else ()
+            for dim, other in enumerate(sizes):
+                if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+                    return i, dim
+            if isinstance(given, torch.SymInt) and given.node.expr == size.node.expr:
+                return i, -1
+        return None
+
+    return find(stream.shape[0]), find(stream.shape[1])
 
 
 def _layout(node: fx.Node) -> Layout | None:

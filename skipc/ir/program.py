@@ -5,6 +5,7 @@ The outline lowering makes a :class:`ProgramSpec`; the runtime binds it to compi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -159,9 +160,10 @@ class ProgramSpec:
     exposed: tuple[int, ...] = ()  # outputs that are points of a stream: a skip may make them one tensor
     extent: tuple[Size, Size] = (None, None)  # of the stream: batch and tokens
     regions: tuple[RegionInfo, ...] = field(default=())
+    batch: Size = None  # rows of a call, also where the stream has all tokens together
     given: int = -1  # how many of the inputs a call gives; behind them come those of adapters and replacements
     adapted: tuple[str, ...] = ()  # paths of the layers whose adapters are inputs, in order
-    attached: frozenset[str] = frozenset()  # those that add what these say
+    left: Mapping[str, str] = field(default_factory=dict)  # those that do not add what these say, and why
 
 
 @dataclass(frozen=True)

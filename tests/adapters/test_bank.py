@@ -447,3 +447,45 @@ def test_tied_and_unequal_weights() -> None:
     for hook in hooks:
         hook.remove()
     torch.testing.assert_close(found, torch.stack([adapted[0], plain[1]]), atol=2e-4, rtol=2e-4)
+
+
+class Positions(torch.nn.Module):
+    """One of its layers takes positions, which all rows share, and one takes rows one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.places, self.last = (torch.nn.Linear(64, 64) for _ in range(3))
+        self.embedding = torch.nn.Parameter(torch.randn(6, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.first(x)
+        x = x + torch.tanh(x @ self.places(self.embedding).T) @ self.embedding
+        return x + self.last(x.flatten(0, 1)).view_as(x)
+
+
+def test_rows_that_are_not_those_of_the_batch_are_refused() -> None:
+    torch.manual_seed(0)
+    model = Positions().eval()
+    bank = skipc.AdapterBank(model, max_rank=4)
+    loras = {path: LoRA(torch.randn(2, 64), torch.randn(64, 2), 0.1) for path in ("first", "places", "last")}
+    for path, lora in loras.items():
+        bank.load(path, Adapter(path, {path: lora}))
+    compiled, x = skipc.compile(model, adapters=bank, fullgraph=True, **STRICT), torch.randn(2, 3, 64)
+    plain = compiled(x)
+    for path in ("first", "last"):
+        with compiled.session(adapters=[path, None]):
+            found = compiled(x)
+        lora = loras[path]
+
+        def adapt(_: Any, given: Any, out: torch.Tensor, lora: LoRA = lora) -> torch.Tensor:
+            return out + lora.scale * given[0] @ lora.a.T @ lora.b.T
+
+        hook = getattr(model, path).register_forward_hook(adapt)
+        torch.testing.assert_close(found[0], model(x)[0], atol=1e-4, rtol=1e-4)
+        hook.remove()
+        assert torch.equal(found[1], plain[1])
+    with (
+        pytest.raises(skipc.PlanError, match=r"the rows that places takes are not those of the batch.*'places' adds"),
+        compiled.session(adapters=["places", None]),
+    ):
+        compiled(x)
