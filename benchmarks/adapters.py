@@ -11,17 +11,15 @@ Run: python benchmarks/adapters.py [--dtype bfloat16] [--batch 1] [--layers 4]
 from __future__ import annotations
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from common import check_load, console, save
+from common import check_load, console, resident, save
 from rich.table import Table
 from skipc.runtime.generation import Decoder
 
@@ -111,11 +109,6 @@ def report(title: str, times: dict[str, list[float]], against: str) -> dict[str,
         shown.add_row(name, f"{milliseconds:.2f}", f"{value:.3f} [{low:.3f}, {high:.3f}]")
     console.print(shown)
     return found
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def switches(base: Any, adapters: dict[str, Adapter], slots: int, rank: int) -> dict[str, float]:

@@ -141,9 +141,13 @@ def compare(
     return {"peers": found, "best": against, "load": load, "rss_mb": _rss()}
 
 
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
 def _rss() -> dict[str, float]:
-    now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    return {"now": now / 1e6, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+    return {"now": resident() / 1e6, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
 
 
 def grid_options(function: Any) -> Any:

@@ -11,7 +11,8 @@ The adapters of a layer lie in slots, and four tensors hold them:
 Two more say what rows want, in tensors whose form never changes:
 
 * ``table``, int64: how many groups of rows there are (each of as many neighbours), how many slots each group names, and
-  then these, group by group, -1 for none. No groups: nobody wants any.
+  then these, group by group, -1 for none. No groups: nobody wants any. A negative number: each group is a token, of
+  which layers that take another number of rows want nothing.
 * ``gates``, fp32: how much of each, at the same places.
 
 Kernels take adapters as one list: for each of their weights four tensors or four times None, then table and gates; or
@@ -48,23 +49,24 @@ def unpack(packed: torch.Tensor, n: int, rank: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Rows ``first`` to ``end`` want ``slot``, each as much as ``gates`` says, fp32 ``[end - first]``."""
+class Share:
+    """These rows want ``slot``, each as much as ``gates`` says, fp32."""
 
-    first: int
-    end: int
+    rows: slice | torch.Tensor
     slot: int
     gates: torch.Tensor
 
 
-def stretches(table: torch.Tensor, gates: torch.Tensor, rows: int) -> Iterator[Stretch]:
+def stretches(table: torch.Tensor, gates: torch.Tensor, rows: int) -> Iterator[Share]:
     """What ``rows`` rows want, with neighbours that want the same together.
 
     Raises:
         RuntimeError: if there are adapters for another number of rows.
     """
     groups, per = table[:2].tolist()
-    if not groups:
+    if groups == -rows:
+        groups = rows
+    if groups <= 0:
         return
     if rows % groups:
         raise RuntimeError(f"adapters for {groups} rows in a call of {rows}")
@@ -76,8 +78,25 @@ def stretches(table: torch.Tensor, gates: torch.Tensor, rows: int) -> Iterator[S
             if g < groups and wanted[g][i] == wanted[first][i]:
                 continue
             if wanted[first][i] >= 0:
-                yield Stretch(first * size, g * size, wanted[first][i], amounts[first:g, i].repeat_interleave(size))
+                yield Share(
+                    slice(first * size, g * size), wanted[first][i], amounts[first:g, i].repeat_interleave(size)
+                )
             first = g
+
+
+def scattered(table: torch.Tensor, gates: torch.Tensor, rows: int) -> Iterator[Share]:
+    """The same for rows each of which is a group, with all that want the same together."""
+    count = rows * int(table[1])
+    wanted, amounts = (t[2 : 2 + count].view(rows, -1) for t in (table, gates))
+    for slot in wanted.unique().tolist():
+        if slot >= 0:
+            at, i = (wanted == slot).nonzero(as_tuple=True)
+            yield Share(at, slot, amounts[at, i])
+
+
+def _scatter(table: torch.Tensor, rows: int) -> bool:
+    """Whether there are many rows, and neighbours seldom want the same."""
+    return rows > 16 and int(table[0]) == -rows
 
 
 def matrices(lora: Lora, at: int, slot: int, k: int, n: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
@@ -101,14 +120,16 @@ def add_lora(out: torch.Tensor, x: torch.Tensor, lora: Lora, at: int = 0) -> tor
     table, gates = lora[-2:]
     assert table is not None
     assert gates is not None
-    for part in stretches(table, gates, len(x)):
+    for part in (scattered if _scatter(table, len(x)) else stretches)(table, gates, len(x)):
         found = matrices(lora, at, part.slot, x.shape[1], out.shape[1])
         if found is None:
             continue
         a, b, scale = found
-        rows = slice(part.first, part.end)
-        between = F.linear(x[rows], a.to(x.dtype)) * (part.gates * scale).to(x.dtype).unsqueeze(1)
-        out[rows].addmm_(between, b.to(x.dtype))
+        between = F.linear(x[part.rows], a.to(x.dtype)) * (part.gates * scale).to(x.dtype).unsqueeze(1)
+        if isinstance(part.rows, slice):
+            out[part.rows].addmm_(between, b.to(x.dtype))
+        else:
+            out.index_add_(0, part.rows, between @ b.to(x.dtype))
     return out
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from skipc.passes.dataflow import Dataflow
-from skipc.passes.fx_edit import add_input, infer, labels_of
+from skipc.passes.fx_edit import add_input, infer, labels_of, last_input
 from skipc.passes.ops import op_name, same_sizes, tensor
 from skipc.passes.residual import Streams
 from skipc.passes.substitute_weights import weight_name
@@ -19,9 +21,25 @@ from skipc.ir.errors import AdapterError
 _LOOKUPS = frozenset(["embedding"])  # uses of a tied weight that no adapter of the linear layer changes
 
 
-def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[tuple[str, ...], dict[str, str]]:
+@dataclass(frozen=True)
+class Attached:
+    """What a graph has of a bank.
+
+    Attributes:
+        paths: of the layers whose tensors are inputs, in order.
+        left: those that do not add what adapters say, and why.
+        routed: those that take the tokens that a router decides for, one by one.
+    """
+
+    paths: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    routed: frozenset[str] = frozenset()
+
+
+def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> Attached:
     """Edit ``gm``: linear layers that ``bank`` knows become ``skipc.lora_linear``. The tensors of the bank that they
-    read become inputs of the graph, behind all others, and then what the rows of the call want.
+    read become inputs of the graph, behind all others, and then what the rows of the call want, which a router may
+    decide from the stream as it is before the first site.
 
     A layer stays as it is whose weight has another shape here (of a plan), or that takes other rows than those of the
     batch, one after the other (positions, tokens gathered for an expert): kernels could not tell whose they are.
@@ -30,22 +48,24 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[t
         gm: after the passes over whole graphs.
         streams: of ``gm``; edited, too.
 
-    Returns:
-        Paths of the layers whose tensors are inputs, in order; and why some of them stay as they are.
-
     Raises:
         AdapterError: for a weight that goes into something else than its linear layer.
     """
     found = list(_layers_in(gm.graph, bank.layers.values()))
     if not found:
-        return (), {}
+        return Attached()
     inputs: dict[int, fx.Node] = {}
     for value in operands_of(layer for layer, _, _ in found):
         inputs[id(value)] = add_input(gm.graph, f"adapters_{len(inputs)}", value)
-    wanted = []
-    for name, value in zip(("adapters_wanted", "adapters_gates"), bank.nobody.tensors, strict=True):
-        wanted.append(add_input(gm.graph, name, value, parameter=False))  # each call's own
+    names = "adapters_wanted", "adapters_gates", "adapters_router"
+    *wanted, router = (  # each call's own
+        add_input(gm.graph, name, value, parameter=False)
+        for name, value in zip(names, bank.nobody.tensors, strict=True)
+    )
+    tokens = _route(gm.graph, streams, router, wanted)
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
     left: dict[str, str] = {}
+    routed = set()
     for layer, weight, uses in found:
         size = tensor(weight)
         assert size is not None
@@ -54,6 +74,8 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[t
         elif not all(_by_row(tensor(_input_of(use)), streams) for use in uses):
             left[layer.path] = f"the rows that {layer.path} takes are not those of the batch"
         else:
+            if tokens is not None and all(order[use] > order[tokens] and _by_token(use, tokens) for use in uses):
+                routed.add(layer.path)
             for use in uses:
                 _attach(use, weight, [*(inputs[id(t)] for t in layer.operands), *wanted])
     gm.graph.lint()
@@ -62,7 +84,35 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> tuple[t
     for junction in streams.junctions:
         for term in junction.terms:
             term.branch = flow.between(junction.point, term.value)
-    return tuple(layer.path for layer, _, _ in found), left
+    return Attached(tuple(layer.path for layer, _, _ in found), left, frozenset(routed))
+
+
+def _route(graph: fx.Graph, streams: Streams, router: fx.Node, wanted: Sequence[fx.Node]) -> fx.Node | None:
+    """Have ``router`` decide for the tokens of the first stream, which are returned; None if there is none."""
+    head = streams.junctions[0].point if streams.junctions else None
+    tokens = tensor(head)
+    if head is None or tokens is None or tokens.dim() not in (2, 3):
+        return None
+    last = head if head.op != "placeholder" else last_input(graph)
+    with graph.inserting_after(last):
+        node = graph.call_function(torch.ops.skipc.route_tokens.default, (head, router, *wanted))
+    node.meta = {**labels_of(head), "example_value": None}
+    if tokens.dtype not in (torch.float32, torch.bfloat16) or not tokens.is_contiguous():  # which the kernel takes
+        with graph.inserting_before(node):
+            for method in ("float", "contiguous"):
+                made = graph.call_method(method, (node.args[0],))
+                made.meta = labels_of(head)
+                infer(made)
+                node.args = (made, *node.args[1:])
+    return head
+
+
+def _by_token(use: fx.Node, head: fx.Node) -> bool:
+    """Whether a layer takes all tokens of the stream, in order."""
+    x, tokens = tensor(_input_of(use)), tensor(head)
+    assert x is not None
+    assert tokens is not None
+    return same_sizes((math.prod(x.shape[:-1]),), (math.prod(tokens.shape[:-1]),))
 
 
 def _layers_in(

@@ -80,8 +80,9 @@ def _read(add: fx.Node, flow: Dataflow) -> _Adapted | None:
         if branch is None or not _linear(layer) or len(layer.users) != 1:  # type: ignore[union-attr]
             continue
         product, scale = branch
-        first = product.args[0]
-        if not (_linear(product) and _linear(first) and len(product.users) == len(first.users) == 1):
+        if not _linear(product) or not _linear(first := product.args[0]):
+            continue
+        if len(product.users) != 1 or len(first.users) != 1:
             continue
         if _bias(product) is not None or _bias(first) is not None or first.args[0] is not layer.args[0]:  # type: ignore[union-attr]
             continue

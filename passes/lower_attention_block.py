@@ -14,6 +14,7 @@ from skipc.passes.dataflow import Dataflow
 from skipc.passes.evaluate import EXACT, evaluate, is_static, leaves_of, random_values, same_values
 from skipc.passes.fx_edit import infer, labels_of
 from skipc.passes.ops import op_name, same_sizes, tensor
+from skipc.passes.skinny import joined_adapters
 from torch import fx
 
 
@@ -274,13 +275,14 @@ def _rewrite(graph: fx.Graph, block: _Block) -> None:
     given: Any = block.projection.args
     x, weights, biases, norm, eps, _, lora = given
     weights, biases = ([list(values)[i] for i in block.order] for values in (weights, biases))
-    parts = [lora[OPERANDS * i : OPERANDS * (i + 1)] for i in block.order]
+    wanted = lora[-2:]
+    parts = [[*lora[OPERANDS * i : OPERANDS * (i + 1)], *wanted] for i in block.order]
     keys, values = (cache_of(w.args[0]) for w in block.writes)  # type: ignore[arg-type]
     source, cache = (x, norm, eps, weights, biases), (block.cos, block.sin, keys, values, block.position)
     last = block.output if block.output is not None else next(iter(reversed(graph.nodes)))
     with graph.inserting_before(last):
         if block.attention is None or block.output is None:
-            adapters = [t for part in parts for t in part] + list(lora[-2:])
+            adapters = joined_adapters(parts)
             made = graph.call_function(
                 ops.cache_block.default, (*source, block.k_norm, block.head_eps, *cache, adapters)
             )
@@ -288,10 +290,7 @@ def _rewrite(graph: fx.Graph, block: _Block) -> None:
             _, _, _, mask, live, causal, scale, softcap = block.attention.args
             given = block.output.args
             _, (out,), (out_bias,), _, _, residual, last = given
-            if lora or last:
-                none: list[Any] = [None] * OPERANDS
-                parts = [part or none for part in parts] + [last[:OPERANDS] or none]
-            adapters = [t for part in parts for t in part] + list((lora or last)[-2:])
+            adapters = joined_adapters([*parts, last])
             made = graph.call_function(
                 ops.attention_block.default,
                 (*source, block.q_norm, block.k_norm, block.head_eps, *cache, mask, live, causal, scale, softcap,

@@ -18,10 +18,9 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-HEAVY = frozenset(
+LINEARS = frozenset({"linear", "lora_linear"})
+HEAVY = LINEARS | frozenset(
     [
-        "linear",
-        "lora_linear",
         "matmul",
         "__matmul__",
         "mm",

@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 from skipc.passes.hidden_layers import hidden_layer
-from skipc.passes.ops import is_parameter_like, op_name, tensor
+from skipc.passes.ops import LINEARS, is_parameter_like, op_name, tensor
 from skipc.passes.residual import Streams
 from torch import fx
 
@@ -93,7 +93,7 @@ def _work(
 
 
 _ATTENTIONS = frozenset(["scaled_dot_product_attention", "grouped_attention"])
-_PRODUCTS = frozenset(["linear", "lora_linear", "matmul", "__matmul__", "bmm", "addmm", "mm", "baddbmm"])
+_PRODUCTS = LINEARS | frozenset(["matmul", "__matmul__", "bmm", "addmm", "mm", "baddbmm"])
 _WITH_SUM = frozenset(["addmm", "baddbmm"])  # what is added comes first
 
 

@@ -10,10 +10,8 @@ from skipc.kernels.linear import MAX_ROWS
 from skipc.kernels.lora import OPERANDS
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.norms import RMSNorm, read_rms_norm
-from skipc.passes.ops import is_add, op_name, same_sizes, tensor
+from skipc.passes.ops import LINEARS, is_add, op_name, same_sizes, tensor
 from torch import fx
-
-_LINEARS = ("linear", "lora_linear")
 
 
 def bias_of(linear: fx.Node) -> Any:
@@ -23,11 +21,15 @@ def bias_of(linear: fx.Node) -> Any:
 
 def adapters_of(linears: Sequence[fx.Node | None]) -> list[Any]:
     """The operand ``lora`` of a kernel that runs these layers, None for a weight that is another's second half."""
-    found = [list(n.args[3]) if n is not None and op_name(n) == "lora_linear" else [] for n in linears]  # type: ignore[arg-type]
-    if not any(found):
+    return joined_adapters([n.args[3] if n is not None and op_name(n) == "lora_linear" else () for n in linears])
+
+
+def joined_adapters(parts: Sequence[Any]) -> list[Any]:
+    """The operands ``lora`` of several kernels' weights as one, in order; empty for a weight without adapters."""
+    wanted = next((list(lora[-2:]) for lora in parts if lora), None)
+    if wanted is None:
         return []
-    wanted = next(lora[-2:] for lora in found if lora)
-    return [t for lora in found for t in lora[:OPERANDS] or [None] * OPERANDS] + wanted
+    return [t for lora in parts for t in lora[:OPERANDS] or [None] * OPERANDS] + wanted
 
 
 def is_skinny(node: Any) -> bool:
@@ -38,7 +40,7 @@ def is_skinny(node: Any) -> bool:
 
 def native_rows(node: Any) -> Any:
     """The number of rows of a linear layer that the native kernels could take, but for that number; else None."""
-    if not isinstance(node, fx.Node) or op_name(node) not in _LINEARS or node.op != "call_function":
+    if not isinstance(node, fx.Node) or op_name(node) not in LINEARS or node.op != "call_function":
         return None
     if len(node.args) < 2 or set(node.kwargs) - {"bias"}:
         return None

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from skipc.passes.ops import argument, op_name, same_sizes, tensor, written_arguments
+from skipc.passes.ops import LINEARS, argument, op_name, same_sizes, tensor, written_arguments
 from torch import fx
 
 _ELEMENTWISE = frozenset(
@@ -113,7 +113,7 @@ def _dimension(node: fx.Node, given: dict[fx.Node, int], value: torch.Tensor) ->
         return value.dim() - 2
     if len(given) > 1 and name not in ("view_as", "expand_as"):
         raise _Mixed
-    if name in ("linear", "lora_linear") and at < rank - 1:
+    if name in LINEARS and at < rank - 1:
         return at
     if name in ("rms_norm", "layer_norm"):
         shape = argument(node, "normalized_shape", node.args[1] if len(node.args) > 1 else ())

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 
 import torch
+from skipc.runtime.adapting import Adapting
 from skipc.runtime.gating import Observation
 from skipc.runtime.policies.base import Phase, Policy
 from skipc.runtime.policies.static import Static
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from skipc.runtime.gating import GatedCall
     from skipc.runtime.program import Arms, Measurement, Program, Repeated
 
-    from skipc.adapters.bank import AdapterBank, Lease, Rows
+    from skipc.adapters.bank import AdapterBank, Rows
 
 _MOST_UNCOUNTED = 64
 
@@ -115,14 +116,7 @@ class Session:
         self._unused = {*plan.weights, *plan.replace} if plan is not None else set()
         self._checked: set[Program] = set()
         self._lock = threading.RLock()  # a policy may ask for statistics
-        if adapters is not None and bank is None:
-            raise SessionError("adapters come from a bank: skipc.compile(model, adapters=skipc.AdapterBank(model))")
-        if adapters is not None and plan is not None and plan.expected is not None:
-            raise PlanError("the loss of this plan was measured without adapters: calibrate the model with the adapter "
-                            "merged into it")  # fmt: skip
-        self._rows, self._bank = adapters, bank
-        self._lease: Lease | None = None
-        self._unadapted: dict[str, str] = {}  # layers that no call had yet, and an adapter that changes them
+        self._adapting = Adapting(adapters, bank, plan) if adapters is not None else None
         known = known_sites(self.parameters)
         if known:
             self._check_names(known)
@@ -133,9 +127,8 @@ class Session:
         with _lock:
             if self in _open:
                 raise SessionError("this session is open already")
-        if self._rows is not None and self._bank is not None:
-            self._lease = self._bank.lease(self._rows)
-            self._unadapted = dict(self._lease.paths)
+        if self._adapting is not None:
+            self._adapting.open()
         with _lock:
             _open.append(self)
             self._compilations = compilations(self.parameters)
@@ -147,18 +140,16 @@ class Session:
         with _lock:
             _open.remove(self)
             self._compilations = compilations(self.parameters) - self._compilations
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
+        if self._adapting is not None:
+            self._adapting.close()
         if kind is not None:
             return
         if not self.calls:
             warnings.warn("this session saw no call of a compiled model: nothing was skipped", stacklevel=2)
         elif self._unreached:
             raise SessionError(f"never reached, so never skipped: {', '.join(sorted(self._unreached))}")
-        elif self._unadapted:
-            path, name = next(iter(self._unadapted.items()))
-            raise SessionError(f"of adapter {name!r}, no call had a use for what it adds to {path}")
+        elif self._adapting is not None and self._adapting.unused is not None:
+            raise SessionError(self._adapting.unused)
         elif self._unused:
             raise SessionError(f"of the plan, no call had a use for: {', '.join(sorted(self._unused))}")
 
@@ -206,9 +197,6 @@ class Session:
             self._check(program, inputs)
         preset = program.plan if self.plan is None else None
         plan = preset or self.plan
-        if self._lease is not None and preset is not None and self._lease.paths:
-            raise SessionError("the preset's plan was calibrated without adapters: open the session with "
-                               "plan=skipc.Plan() to run the whole model")  # fmt: skip
         if plan is not None and not plan.whole:
             if self._unused:
                 self._unused -= {name for name, _ in program.spec.weights} | program.site_names
@@ -218,8 +206,8 @@ class Session:
                 program, inputs = repeated.program, repeated.inputs
             else:
                 program, inputs = program.variants.under(plan, inputs, under)
-        if self._lease is not None:
-            self._check_adapters(self._lease, program, inputs)
+        if self._adapting is not None:
+            self._adapting.check(program, inputs, preset)
         run = repeated.run if repeated is not None else None
         kv = self.kv or program.default_kv
         if self.steering is not None:
@@ -238,23 +226,8 @@ class Session:
         return outputs
 
     def wanted_of(self, program: Program) -> Wanted | None:
-        """What the rows of a call want; None if nothing."""
-        if self._lease is None:
-            return None
-        if program.bank is not self._lease.bank:
-            raise SessionError("the model was compiled with another bank of adapters than this session's")
-        return self._lease.wanted
-
-    def _check_adapters(self, lease: Lease, program: Program, inputs: Sequence[Any]) -> None:
-        batch = program.batch(inputs)
-        if lease.rows is not None and batch != lease.rows:
-            found = batch or "a number of them that cannot be told: give one adapter for all"
-            raise SessionError(f"the session has adapters for {lease.rows} rows, and the call has {found}")
-        if lost := lease.paths.keys() & program.spec.left.keys():
-            path = min(lost)
-            raise PlanError(f"{program.spec.left[path]}, which adapter {lease.paths[path]!r} adds to")
-        if self._unadapted:
-            self._unadapted = {p: n for p, n in self._unadapted.items() if p not in set(program.spec.adapted)}
+        """What the rows of a call of ``program`` want of its bank; None if nothing."""
+        return None if self._adapting is None else self._adapting.wanted(program)
 
     def _steered(
         self,

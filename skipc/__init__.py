@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skipc.adapters.adapter import Adapter, LoRA, merge_adapters
     from skipc.adapters.bank import AdapterBank
+    from skipc.adapters.router import AdapterRouter
     from skipc.calibration.calibrate import calibrate
     from skipc.calibration.profile import Profile
     from skipc.explanation import Explanation, explain, find_sites
@@ -61,6 +62,7 @@ __version__ = "0.1.0"
 _HOME = {
     "skipc.adapters.adapter": ["Adapter", "LoRA", "merge_adapters"],
     "skipc.adapters.bank": ["AdapterBank"],
+    "skipc.adapters.router": ["AdapterRouter"],
     "skipc.calibration.calibrate": ["calibrate"],
     "skipc.calibration.profile": ["Profile"],
     "skipc.explanation": ["Explanation", "explain", "find_sites"],
@@ -88,8 +90,8 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "AdaSkip", "Adapter", "AdapterBank", "AdapterError", "Affine", "AlreadyCompiledError", "Call", "CompiledModel",
-    "Config", "ConfigError", "EarlyExit", "Explanation", "FFNSkip", "FallbackError", "GateTable", "Lagged", "LoRA",
+    "AdaSkip", "Adapter", "AdapterBank", "AdapterError", "AdapterRouter", "Affine", "AlreadyCompiledError", "Call",
+    "CompiledModel", "Config", "ConfigError", "EarlyExit", "Explanation", "FFNSkip", "FallbackError", "GateTable", "Lagged", "LoRA",
     "LowRank", "NoResidualStreamError", "Observe", "PassError", "Plan", "PlanError", "Policy", "PredictionExit",
     "Profile", "ProfileError", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError", "SessionStats",
     "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified",

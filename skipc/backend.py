@@ -23,7 +23,7 @@ from skipc.ir.errors import (
 )
 from skipc.ir.plan import Plan
 from skipc.ir.replacement import Replaced
-from skipc.passes.attach_adapters import attach_adapters
+from skipc.passes.attach_adapters import Attached, attach_adapters
 from skipc.passes.base import Pass, PassContext
 from skipc.passes.fx_edit import constants_of, copy_graph
 from skipc.passes.lowering.inductor import check_torch_version, compile_whole, late_guards
@@ -190,17 +190,17 @@ def build_outline(
     transformed = manager.run(gm)
     streams = manager.ctx.streams
     assert streams is not None
-    constants = constants_of(transformed.graph)
-    given = len(_placeholders(transformed)) - len(constants)
+    given = len(_placeholders(transformed)) - len(constants_of(transformed.graph))
     bank = config.adapters
-    adapted, left = attach_adapters(transformed, streams, bank) if bank is not None else ((), {})
+    attached = attach_adapters(transformed, streams, bank) if bank is not None else Attached()
     if replaced.sites:
         replace_sites(transformed, streams, replaced)
     if not streams.junctions:
         raise NoResidualStreamError(FallbackReason.NO_STREAM)
     outline = Outline(transformed, streams, manager)
-    outline.spec = dataclasses.replace(outline.spec, given=given, adapted=adapted, left=left)
-    outline.constants = constants
+    outline.spec = dataclasses.replace(
+        outline.spec, given=given, adapted=attached.paths, left=attached.left, routed=attached.routed
+    )
     return outline, manager
 
 

@@ -40,7 +40,8 @@ Low<T> low_of(const std::vector<std::optional<Tensor>>& lora, int64_t at) {
 }
 
 // Which adapters rows want: row r of R belongs to group r * groups / R, and each group names `per` slots (or -1), and how
-// much of each it wants. Read at each call: what a tensor holds may change where the tensor does not.
+// much of each it wants. Groups that a router made are tokens, of which layers of other rows want nothing. Read at each
+// call: what a tensor holds may change where the tensor does not.
 struct Wanted {
   const int64_t* table = nullptr;
   const float* gates = nullptr;
@@ -52,17 +53,20 @@ struct Wanted {
     gates = (const float*)lora.back()->const_data_ptr();
   }
 
-  int64_t groups() const { return table ? table[0] : 0; }
+  int64_t groups(int64_t rows) const {
+    if (!table) return 0;
+    return table[0] >= 0 ? table[0] : -table[0] == rows ? rows : 0;
+  }
   int64_t per() const { return table[1]; }
   void check(int64_t rows, const char* kernel) const {
-    if (!groups()) return;
-    STD_TORCH_CHECK(rows % groups() == 0, kernel, ": adapters for ", groups(), " rows in a call of ", rows);
+    if (!groups(rows)) return;
+    STD_TORCH_CHECK(rows % groups(rows) == 0, kernel, ": adapters for ", groups(rows), " rows in a call of ", rows);
     STD_TORCH_CHECK(per() <= MOST_ADAPTERS, kernel, ": ", per(), " adapters for a row, and ", MOST_ADAPTERS, " are possible");
   }
   // Calls `body(first, end, i, slot)` for stretches of rows that share their i-th slot.
   template <typename Body>
   void stretches(int64_t R, Body body) const {
-    const int64_t n = groups(), k = per(), size = R / n;
+    const int64_t n = groups(R), k = per(), size = n ? R / n : 0;
     for (int64_t i = 0; i < k; i++)
       for (int64_t g = 0; g < n;) {
         const int64_t slot = table[2 + g * k + i], first = g;
@@ -70,14 +74,14 @@ struct Wanted {
         if (slot >= 0) body(first * size, g * size, i, slot);
       }
   }
-  float gate(int64_t r, int64_t R, int64_t i) const { return gates[2 + r * groups() / R * per() + i]; }
+  float gate(int64_t r, int64_t R, int64_t i) const { return gates[2 + r * groups(R) / R * per() + i]; }
 };
 
 // x times the first matrices of what each row wants, times gate and scale: what `expand` goes on from. Called by every
 // thread of a team, with the same x; `bridge` is theirs in common. True, behind a barrier, if there is anything.
 template <typename T, typename Parts>
 bool shrink(const float* x, int64_t R, int64_t K, const Parts& parts, const Wanted& wanted, float* bridge) {
-  if (!wanted.groups()) return false;
+  if (!wanted.groups(R)) return false;
   constexpr int64_t UNIT = 4;  // rows of a first matrix that a task takes
   const auto each = [&](auto body) {
     int64_t task = 0;

@@ -20,7 +20,7 @@ import sympy
 import torch
 from skipc.passes.branch_spans import Spans
 from skipc.passes.dataflow import Dataflow
-from skipc.passes.fx_edit import copy_graph, fake_mode_of
+from skipc.passes.fx_edit import constants_of, copy_graph, fake_mode_of
 from skipc.passes.hidden_layers import hidden_layer
 from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
 from skipc.passes.lowering.compaction import gather_of, live_of, queries_of, with_guards
@@ -54,7 +54,7 @@ class Outline:
         self.partition = Partition(gm.graph, self.flow, streams.junctions)
         self.builder = ArmBuilder(self.partition)
         self.names = _variable_names(gm.graph, self.partition)
-        self.constants: list[torch.Tensor] = []  # inputs behind those of a call
+        self.constants = constants_of(gm.graph)
         self.regions: list[Region] = []
         self._by_structure: dict[str, int] = {}
         self._symbols_of_call: list[tuple[int, list[sympy.Symbol]]] = []

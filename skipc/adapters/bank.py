@@ -15,13 +15,16 @@ from typing import Any, Literal
 import torch
 
 from skipc.adapters.adapter import Adapter, layer_of
+from skipc.adapters.router import AdapterRouter
 from skipc.ir.adapters import AdaptedLayer, Wanted
 from skipc.ir.errors import AdapterError, nearest
 from skipc.kernels.lora import MOST, PACK, pack
+from skipc.kernels.routing import places
 
-_TABLE = 2 + 8192  # places for slots of rows, in a table
+_TABLE = 2 + 65536  # places for slots of rows, in a table
+_EXPERTS = 64  # of a router
 Row = str | None | Mapping[str, float]
-Rows = str | Mapping[str, float] | Sequence[Row]
+Rows = str | Mapping[str, float] | Sequence[Row] | AdapterRouter
 
 
 @dataclass(eq=False)
@@ -163,11 +166,13 @@ class AdapterBank:
 
     def lease(self, rows: Rows) -> Lease:
         """Slots for what each row of a call wants: a name, None for the base model, or names with a factor for each; or
-        one of these for all rows.
+        one of these for all rows; or a router, which decides for each token.
 
         Raises:
             AdapterError: for a name that is not loaded, and if there are not enough slots.
         """
+        if isinstance(rows, AdapterRouter):
+            return self._routed(rows)
         every = isinstance(rows, str | Mapping)
         each: Sequence[Row] = [rows] if isinstance(rows, str | Mapping) else rows
         wanted = [_factors(row) for row in each]
@@ -176,22 +181,40 @@ class AdapterBank:
             raise AdapterError(f"a row wants {most} adapters, and {MOST} are possible")
         if len(wanted) * max(1, most) > _TABLE - 2:
             raise AdapterError(f"{len(wanted)} rows of {most} adapters are more than {_TABLE - 2}")
-        with self._changed:
-            held = self._hold({name: self._find(name) for row in wanted for name in row})
-            made = self._tables.pop() if self._tables else self.blank()
-        table = Wanted(*made.tensors)  # another one, although it lies where that of an earlier lease did
+        held, table = self._held({name for row in wanted for name in row})
         slots = [[held[n].slot if held[n].enabled else -1 for n in row] + [-1] * (most - len(row)) for row in wanted]
         gates = [[*row.values(), *[0.0] * (most - len(row))] for row in wanted]
         count = len(wanted) * most
         table.table[:2] = torch.tensor([len(wanted) if most else 0, most])
         table.table[2 : 2 + count] = torch.tensor(slots, dtype=torch.int64).flatten()
         table.gates[2 : 2 + count] = torch.tensor(gates, dtype=torch.float32).flatten()
-        paths = {path: name for name, loaded in held.items() if loaded.enabled for path in loaded.adapter.layers}
-        return Lease(self, None if every else len(wanted), paths, table, list(held.values()))
+        return Lease(self, None if every else len(wanted), _paths(held), table, list(held.values()))
+
+    def _routed(self, router: AdapterRouter) -> Lease:
+        if router.top_k > MOST:
+            raise AdapterError(f"a token wants {router.top_k} adapters, and {MOST} are possible")
+        if places(len(router.experts), router.width) > len(self.nobody.router):
+            raise AdapterError(
+                f"{router} is larger than those that this bank takes: {_EXPERTS} experts of the width of its layers"
+            )
+        held, table = self._held({name for name in router.experts if name is not None})
+        packed = router.packed({name: loaded.slot for name, loaded in held.items() if loaded.enabled})
+        table.router[: len(packed)] = packed
+        return Lease(self, None, _paths(held), table, list(held.values()))
+
+    def _held(self, names: Iterable[str]) -> tuple[dict[str, _Loaded], Wanted]:
+        """These adapters in slots, until they are released; and a table in which nobody wants anything."""
+        with self._changed:
+            held = self._hold({name: self._find(name) for name in names})
+            made = self._tables.pop() if self._tables else self.blank()
+        made.table[0] = made.router[0] = 0
+        return held, Wanted(*made.tensors)  # another one, although it lies where that of an earlier lease did
 
     def blank(self) -> Wanted:
         """See :class:`skipc.ir.adapters.Bank`."""
-        return Wanted(torch.zeros(_TABLE, dtype=torch.int64), torch.zeros(_TABLE))
+        width = max((layer.shape[1] for layer in self.layers.values()), default=0)
+        router = torch.zeros(places(_EXPERTS, width))
+        return Wanted(torch.zeros(_TABLE, dtype=torch.int64), torch.zeros(_TABLE), router)
 
     def _hold(self, asked: dict[str, _Loaded]) -> dict[str, _Loaded]:
         """Have all that is asked for in slots, and keep it there."""
@@ -287,6 +310,10 @@ class AdapterBank:
                     f"adapter {adapter.name!r} has rank {layer.rank} at {path}, and the bank's max_rank is "
                     f"{self.max_rank}"
                 )
+
+
+def _paths(held: Mapping[str, _Loaded]) -> dict[str, str]:
+    return {path: name for name, loaded in held.items() if loaded.enabled for path in loaded.adapter.layers}
 
 
 def _factors(row: Row) -> dict[str, float]:

@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from skipc.kernels.routing import places
+
 
 @dataclass(frozen=True, eq=False)
 class AdaptedLayer:
@@ -39,20 +41,36 @@ class AdaptedLayer:
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """What the rows of a call want, as kernels read it: ``table`` and ``gates`` of :mod:`skipc.kernels.lora`."""
+    """What the rows of a call want, as kernels read it: ``table`` and ``gates`` of :mod:`skipc.kernels.lora`, and
+    ``router``, of :mod:`skipc.kernels.routing`, which writes both anew at each call if it has experts."""
 
     table: torch.Tensor
     gates: torch.Tensor
+    router: torch.Tensor
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both, in order."""
-        return self.table, self.gates
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All, in order."""
+        return self.table, self.gates, self.router
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router decides."""
+        return bool(self.router[0])
 
     def become(self, other: Wanted) -> None:
         """Say what ``other`` says, in place."""
-        self.table.copy_(other.table)
-        self.gates.copy_(other.gates)
+        groups, per = other.table[:2].tolist()
+        experts, width = (int(n) for n in other.router[:2].tolist())
+        used = 2 + abs(groups) * per
+        for mine, theirs, count in zip(self.tensors, other.tensors, (used, used, places(experts, width)), strict=True):
+            mine[:count].copy_(theirs[:count])
+
+    def copy(self) -> Wanted:
+        """The same in tensors of its own."""
+        made = Wanted(*map(torch.empty_like, self.tensors))
+        made.become(self)
+        return made
 
 
 def operands_of(layers: Iterable[AdaptedLayer]) -> list[torch.Tensor]:

@@ -164,6 +164,7 @@ class ProgramSpec:
     given: int = -1  # how many of the inputs a call gives; behind them come those of adapters and replacements
     adapted: tuple[str, ...] = ()  # paths of the layers whose adapters are inputs, in order
     left: Mapping[str, str] = field(default_factory=dict)  # those that do not add what these say, and why
+    routed: frozenset[str] = frozenset()  # those that take the tokens that a router decides for
 
 
 @dataclass(frozen=True)

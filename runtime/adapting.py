@@ -1,0 +1,86 @@
+"""What the rows of a session want of a bank of adapters, from its opening to its end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from skipc.ir.adapters import Wanted
+from skipc.ir.errors import PlanError, SessionError
+from skipc.ir.plan import Plan
+
+if TYPE_CHECKING:
+    from skipc.runtime.program import Program
+
+    from skipc.adapters.bank import AdapterBank, Lease, Rows
+
+
+class Adapting:
+    """The adapters of one session.
+
+    Args:
+        rows: what they want; see :class:`skipc.Session`.
+        bank: that holds them.
+        plan: of the session.
+    """
+
+    def __init__(self, rows: Rows, bank: AdapterBank | None, plan: Plan | None):
+        if bank is None:
+            raise SessionError("adapters come from a bank: skipc.compile(model, adapters=skipc.AdapterBank(model))")
+        if plan is not None and plan.expected is not None:
+            raise PlanError("the loss of this plan was measured without adapters: calibrate the model with the adapter "
+                            "merged into it")  # fmt: skip
+        self._rows, self._bank = rows, bank
+        self._lease: Lease | None = None
+        self._routed: dict[int, Wanted] = {}  # each thread's own, since routers write what tokens want
+        self._unused: dict[str, str] = {}  # layers that no call had yet, and an adapter that changes them
+
+    def open(self) -> None:
+        """Have the adapters in slots until :meth:`close`."""
+        self._lease = self._bank.lease(self._rows)
+        self._unused = dict(self._lease.paths)
+
+    def close(self) -> None:
+        """Let others have the slots."""
+        assert self._lease is not None
+        self._lease.release()
+        self._lease = None
+        self._routed.clear()
+
+    @property
+    def unused(self) -> str | None:
+        """What of an adapter no call had a use for, if so."""
+        path, name = next(iter(self._unused.items()), (None, None))
+        return None if path is None else f"of adapter {name!r}, no call had a use for what it adds to {path}"
+
+    def wanted(self, program: Program) -> Wanted:
+        """What the rows of a call of ``program`` want."""
+        assert self._lease is not None
+        if program.bank is not self._bank:
+            raise SessionError("the model was compiled with another bank of adapters than this session's")
+        if not self._lease.wanted.routed:
+            return self._lease.wanted
+        return self._routed.setdefault(threading.get_ident(), self._lease.wanted.copy())
+
+    def check(self, program: Program, inputs: Sequence[Any], preset: Plan | None) -> None:
+        """Refuse a call that the adapters are not for. ``preset``: the preset's plan, if the call runs under it."""
+        assert self._lease is not None
+        paths, rows = self._lease.paths, self._lease.rows
+        if preset is not None and paths:
+            raise SessionError("the preset's plan was calibrated without adapters: open the session with "
+                               "plan=skipc.Plan() to run the whole model")  # fmt: skip
+        batch = program.batch(inputs)
+        if rows is not None and batch != rows:
+            found = batch or "a number of them that cannot be told: give one adapter for all"
+            raise SessionError(f"the session has adapters for {rows} rows, and the call has {found}")
+        if lost := paths.keys() & program.spec.left.keys():
+            path = min(lost)
+            raise PlanError(f"{program.spec.left[path]}, which adapter {paths[path]!r} adds to")
+        used = set(program.spec.adapted)
+        if self._lease.wanted.routed and (other := paths.keys() & used - program.spec.routed):
+            path = min(other)
+            raise SessionError(f"{path}, which adapter {paths[path]!r} adds to, does not take the tokens that the "
+                               "router decides for")  # fmt: skip
+        if self._unused:
+            self._unused = {path: name for path, name in self._unused.items() if path not in used}
