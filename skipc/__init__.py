@@ -91,12 +91,12 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AdaSkip", "Adapter", "AdapterBank", "AdapterError", "AdapterRouter", "Affine", "AlreadyCompiledError", "Call",
-    "CompiledModel", "Config", "ConfigError", "EarlyExit", "Explanation", "FFNSkip", "FallbackError", "GateTable", "Lagged", "LoRA",
-    "LowRank", "NoResidualStreamError", "Observe", "PassError", "Plan", "PlanError", "Policy", "PredictionExit",
-    "Profile", "ProfileError", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError", "SessionStats",
-    "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static", "Unified",
-    "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites", "generate",
-    "list_options", "merge_adapters", "package", "session",
+    "CompiledModel", "Config", "ConfigError", "EarlyExit", "Explanation", "FFNSkip", "FallbackError", "GateTable",
+    "Lagged", "LoRA", "LowRank", "NoResidualStreamError", "Observe", "PassError", "Plan", "PlanError", "Policy",
+    "PredictionExit", "Profile", "ProfileError", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError",
+    "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static",
+    "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites",
+    "generate", "list_options", "merge_adapters", "package", "session",
 ]  # fmt: skip
 
 
