@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from skipc.adapters.modes import Decision, Mode
 from skipc.ir.adapters import Wanted
 from skipc.ir.errors import PlanError, SessionError
 from skipc.ir.plan import Plan
@@ -23,22 +24,29 @@ class Adapting:
         rows: what they want; see :class:`skipc.Session`.
         bank: that holds them.
         plan: of the session.
+        mode: of :mod:`skipc.adapters.modes`.
     """
 
-    def __init__(self, rows: Rows, bank: AdapterBank | None, plan: Plan | None):
+    def __init__(self, rows: Rows, bank: AdapterBank | None, plan: Plan | None, mode: Mode = "unmerged"):
         if bank is None:
             raise SessionError("adapters come from a bank: skipc.compile(model, adapters=skipc.AdapterBank(model))")
         if plan is not None and plan.expected is not None:
             raise PlanError("the loss of this plan was measured without adapters: calibrate the model with the adapter "
                             "merged into it")  # fmt: skip
-        self._rows, self._bank = rows, bank
+        if mode != "unmerged" and plan is not None and not plan.whole:
+            raise SessionError(
+                f"a plan with weights of its own leaves adapters unmerged, so that mode={mode!r} has to go"
+            )
+        self._rows, self._bank, self._mode = rows, bank, mode
+        self.decision = Decision("unmerged")
         self._lease: Lease | None = None
         self._routed: dict[int, Wanted] = {}  # each thread's own, since routers write what tokens want
         self._unused: dict[str, str] = {}  # layers that no call had yet, and an adapter that changes them
 
     def open(self) -> None:
         """Have the adapters in slots until :meth:`close`."""
-        self._lease = self._bank.lease(self._rows)
+        self._lease = self._bank.lease(self._rows, self._mode)
+        self.decision = self._lease.arranged.decision
         self._unused = dict(self._lease.paths)
 
     def close(self) -> None:
@@ -53,6 +61,11 @@ class Adapting:
         """What of an adapter no call had a use for, if so."""
         path, name = next(iter(self._unused.items()), (None, None))
         return None if path is None else f"of adapter {name!r}, no call had a use for what it adds to {path}"
+
+    @property
+    def plan(self) -> Plan | None:
+        """What calls run under, if adapters are merged."""
+        return self._lease.arranged.plan if self._lease is not None else None
 
     def wanted(self, program: Program) -> Wanted:
         """What the rows of a call of ``program`` want."""

@@ -14,6 +14,7 @@ class SessionStats:
     ran: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     recompiles: int = 0
+    adapters: str = ""  # how they ran, and why
     backfilled: int = 0  # tokens that were run again because an attention lacked their keys
     seconds: dict[str, float] = field(default_factory=dict)
     similarity: dict[str, float] = field(default_factory=dict)
@@ -24,6 +25,7 @@ class SessionStats:
 
     def __str__(self) -> str:
         lines = [f"{self.calls} calls, {self.recompiles} recompilations"]
+        lines += [f"  adapters: {self.adapters}"] if self.adapters else []
         for name in sorted({*self.ran, *self.skipped}):
             similar = f", similarity {self.similarity[name]:.4f}" if name in self.similarity else ""
             lines.append(f"  {name}: ran {self.ran[name]}, skipped {self.skipped[name]}{similar}")

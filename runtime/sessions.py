@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from skipc.runtime.program import Arms, Measurement, Program, Repeated
 
     from skipc.adapters.bank import AdapterBank, Rows
+    from skipc.adapters.modes import Mode
 
 _MOST_UNCOUNTED = 64
 
@@ -61,6 +62,9 @@ class Session:
         adapters: what rows of a call want of the model's bank: for each row a name, None for the base model, or several
             names with a factor for each; or one name, or several with factors, for all rows.
         bank: that the model was compiled with. (Handles of :func:`skipc.compile` know it.)
+        adapter_mode: how adapters run: ``unmerged`` (beside the weights, rows without any in the model's own bits);
+            ``merged`` into a copy of the weights, if all rows want the same; ``mixture``, where rows that want
+            something else than what is merged take it away again; or ``auto``, whatever takes the least time.
 
     Raises:
         AdapterError: on entering, for an adapter that is not loaded, or if no slot is free.
@@ -81,6 +85,7 @@ class Session:
         plan: Plan | None = None,
         adapters: Rows | None = None,
         bank: AdapterBank | None = None,
+        adapter_mode: Mode = "unmerged",
     ):
         if isinstance(skip, str):
             raise TypeError("skip is a collection of site names, not one string")
@@ -116,7 +121,7 @@ class Session:
         self._unused = {*plan.weights, *plan.replace} if plan is not None else set()
         self._checked: set[Program] = set()
         self._lock = threading.RLock()  # a policy may ask for statistics
-        self._adapting = Adapting(adapters, bank, plan) if adapters is not None else None
+        self._adapting = Adapting(adapters, bank, plan, adapter_mode) if adapters is not None else None
         known = known_sites(self.parameters)
         if known:
             self._check_names(known)
@@ -196,7 +201,7 @@ class Session:
         if self._named and program not in self._checked:
             self._check(program, inputs)
         preset = program.plan if self.plan is None else None
-        plan = preset or self.plan
+        plan = (self._adapting.plan if self._adapting is not None else None) or preset or self.plan
         if plan is not None and not plan.whole:
             if self._unused:
                 self._unused -= {name for name, _ in program.spec.weights} | program.site_names
@@ -309,6 +314,7 @@ class Session:
         stats = SessionStats(calls=self.calls, backfilled=self._backfilled)
         now = compilations(self.parameters) - self._compilations if self in _open else self._compilations
         stats.recompiles = now
+        stats.adapters = str(self._adapting.decision) if self._adapting is not None else ""
         with self._lock:
             self._count()
             counts, measured = dict(self._counts), list(self._measured)

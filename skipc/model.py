@@ -24,6 +24,7 @@ from skipc.runtime.sessions import Session
 
 if TYPE_CHECKING:
     from skipc.adapters.bank import Rows
+    from skipc.adapters.modes import Mode
 
 log = logging.getLogger("skipc")
 
@@ -89,10 +90,11 @@ class CompiledModel:
         route: Route | None = None,
         plan: Plan | None = None,
         adapters: Rows | None = None,
+        adapter_mode: Mode = "unmerged",
     ) -> Session:
         """Open a session; see :class:`skipc.Session`. Use it in a ``with`` statement."""
         bank = self.options.adapters
-        return Session(self.model, skip, kv, measure, policy, record, route, plan, adapters, bank)
+        return Session(self.model, skip, kv, measure, policy, record, route, plan, adapters, bank, adapter_mode)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate`` (Hugging Face), with prefill and decode compiled."""

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import mmap
-import re
 import threading
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-from skipc.adapters.adapter import Adapter, layer_of
+from skipc.adapters.adapter import Adapter
+from skipc.adapters.arranging import Arranged, Arranger
+from skipc.adapters.modes import Decision, Mode
 from skipc.adapters.router import AdapterRouter
-from skipc.ir.adapters import AdaptedLayer, Wanted
+from skipc.adapters.slots import Loaded, allocated, targets_of, write
+from skipc.ir.adapters import Wanted
 from skipc.ir.errors import AdapterError, nearest
-from skipc.kernels.lora import MOST, PACK, pack
+from skipc.kernels.lora import MOST
 from skipc.kernels.routing import places
 
 _TABLE = 2 + 65536  # places for slots of rows, in a table
 _EXPERTS = 64  # of a router
 Row = str | None | Mapping[str, float]
 Rows = str | Mapping[str, float] | Sequence[Row] | AdapterRouter
-
-
-@dataclass(eq=False)
-class _Loaded:
-    """An adapter that can be asked for. ``slot``: where it lies, if it does; ``users``: leases that want it there."""
-
-    adapter: Adapter
-    slot: int | None = None
-    users: int = 0
-    enabled: bool = True
 
 
 @dataclass(eq=False)
@@ -46,13 +37,15 @@ class Lease:
         rows: how many rows it is for; None if every row of a call wants the same.
         paths: layers that its adapters change, each with the name of such an adapter.
         wanted: as programs take it.
+        arranged: how the adapters run.
     """
 
     bank: AdapterBank
     rows: int | None
     paths: Mapping[str, str]
     wanted: Wanted
-    _held: list[_Loaded] = field(default_factory=list)
+    arranged: Arranged = Arranged(())  # noqa: RUF009
+    _held: list[Loaded] = field(default_factory=list)
 
     def release(self) -> None:
         """Let others have the slots."""
@@ -75,6 +68,7 @@ class AdapterBank:
             (and GPT-2's Conv1D) but the one that makes logits.
         when_full: what a session does that needs a slot when open sessions use all. ``"refuse"`` raises; ``"wait"``
             waits until one closes, at most ``timeout`` seconds.
+        calls: that a session is expected to make, where the mode of its adapters is ``"auto"``.
 
     Raises:
         AdapterError: for targets that the model does not have, or of a kind that is not supported.
@@ -88,6 +82,7 @@ class AdapterBank:
         targets: Iterable[str] | None = None,
         when_full: Literal["refuse", "wait"] = "refuse",
         timeout: float = 60.0,
+        calls: int = 256,
     ):
         if slots < 1 or max_rank < 1:
             raise AdapterError(f"a bank has a slot and a rank or more, not {slots} and {max_rank}")
@@ -98,14 +93,15 @@ class AdapterBank:
                                "model that no adapter was put into")  # fmt: skip
         self._model = weakref.ref(model)
         self.slots, self.max_rank, self.when_full, self.timeout = slots, max_rank, when_full, timeout
-        paths = _targets(model, None if targets is None else list(targets))
-        self.layers = _allocated(model, paths, slots, max_rank)
+        paths = targets_of(model, None if targets is None else list(targets))
+        self.layers = allocated(model, paths, slots, max_rank)
         self.nobody = self.blank()
-        self._loaded: dict[str, _Loaded] = {}
-        self._in_slots: dict[int, _Loaded] = {}  # by slot, the one that was used longest ago first
+        self._loaded: dict[str, Loaded] = {}
+        self._in_slots: dict[int, Loaded] = {}  # by slot, the one that was used longest ago first
         self._changed = threading.Condition()
         self._tables: list[Wanted] = []  # of released leases, to be used again
         self.switches = 0  # how often an adapter was put into a slot
+        self._arranger = Arranger(self._alive, self.layers, self._changed, when_full, timeout, calls)
 
     # -- what is loaded -----------------------------------------------------------------------------------------------
 
@@ -121,7 +117,7 @@ class AdapterBank:
         self._check(adapter)
         with self._changed:
             old = self._loaded.get(name)
-            self._loaded[name] = _Loaded(adapter)
+            self._loaded[name] = Loaded(adapter)
             if old is not None:
                 self._forget(old)
 
@@ -164,33 +160,39 @@ class AdapterBank:
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 
-    def lease(self, rows: Rows) -> Lease:
+    def lease(self, rows: Rows, mode: Mode = "unmerged") -> Lease:
         """Slots for what each row of a call wants: a name, None for the base model, or names with a factor for each; or
         one of these for all rows; or a router, which decides for each token.
 
+        Args:
+            rows: these.
+            mode: see :mod:`skipc.adapters.modes`. ``"auto"``: what takes the least time.
+
         Raises:
-            AdapterError: for a name that is not loaded, and if there are not enough slots.
+            AdapterError: for a name that is not loaded, if there are not enough slots, and for a mode that does not go
+                with such rows, or with what other sessions have merged.
         """
+        if mode not in get_args(Mode):
+            raise AdapterError(f"the mode of adapters is one of {', '.join(map(repr, get_args(Mode)))}, not {mode!r}")
         if isinstance(rows, AdapterRouter):
-            return self._routed(rows)
+            return self._routed(rows, mode)
         every = isinstance(rows, str | Mapping)
         each: Sequence[Row] = [rows] if isinstance(rows, str | Mapping) else rows
         wanted = [_factors(row) for row in each]
-        most = max((len(row) for row in wanted), default=0)
-        if most > MOST:
-            raise AdapterError(f"a row wants {most} adapters, and {MOST} are possible")
-        if len(wanted) * max(1, most) > _TABLE - 2:
-            raise AdapterError(f"{len(wanted)} rows of {most} adapters are more than {_TABLE - 2}")
         held, table = self._held({name for row in wanted for name in row})
-        slots = [[held[n].slot if held[n].enabled else -1 for n in row] + [-1] * (most - len(row)) for row in wanted]
-        gates = [[*row.values(), *[0.0] * (most - len(row))] for row in wanted]
-        count = len(wanted) * most
-        table.table[:2] = torch.tensor([len(wanted) if most else 0, most])
-        table.table[2 : 2 + count] = torch.tensor(slots, dtype=torch.int64).flatten()
-        table.gates[2 : 2 + count] = torch.tensor(gates, dtype=torch.float32).flatten()
-        return Lease(self, None if every else len(wanted), _paths(held), table, list(held.values()))
+        made = Lease(self, None if every else len(wanted), _paths(held), table, _held=list(held.values()))
+        on = [{held[name]: f for name, f in row.items() if held[name].enabled} for row in wanted]
+        try:
+            made.arranged = self._arranger.arrange(on, mode)
+            _fill(table, [{loaded.place: f for loaded, f in row.items()} for row in made.arranged.wishes])
+        except BaseException:
+            self._release(made)
+            raise
+        return made
 
-    def _routed(self, router: AdapterRouter) -> Lease:
+    def _routed(self, router: AdapterRouter, mode: Mode) -> Lease:
+        if mode not in ("unmerged", "auto"):
+            raise AdapterError(f"adapters of a router run unmerged, not {mode!r}: each token wants others")
         if router.top_k > MOST:
             raise AdapterError(f"a token wants {router.top_k} adapters, and {MOST} are possible")
         if places(len(router.experts), router.width) > len(self.nobody.router):
@@ -200,9 +202,25 @@ class AdapterBank:
         held, table = self._held({name for name in router.experts if name is not None})
         packed = router.packed({name: loaded.slot for name, loaded in held.items() if loaded.enabled})
         table.router[: len(packed)] = packed
-        return Lease(self, None, _paths(held), table, list(held.values()))
+        return Lease(self, None, _paths(held), table, _held=list(held.values()))
 
-    def _held(self, names: Iterable[str]) -> tuple[dict[str, _Loaded], Wanted]:
+    def explain(self, rows: Rows) -> Decision:
+        """How a session with these adapters would run them in mode ``"auto"``, and what other modes would take."""
+        lease = self.lease(rows)
+        try:
+            with self._changed:
+                return self._arranger.cheapest(lease.arranged.wishes)[0]
+        finally:
+            lease.release()
+
+    def _alive(self) -> torch.nn.Module:
+        if (model := self.model) is None:
+            raise AdapterError("the model of this bank is gone")
+        return model
+
+    # -- slots --------------------------------------------------------------------------------------------------------
+
+    def _held(self, names: Iterable[str]) -> tuple[dict[str, Loaded], Wanted]:
         """These adapters in slots, until they are released; and a table in which nobody wants anything."""
         with self._changed:
             held = self._hold({name: self._find(name) for name in names})
@@ -216,7 +234,7 @@ class AdapterBank:
         router = torch.zeros(places(_EXPERTS, width))
         return Wanted(torch.zeros(_TABLE, dtype=torch.int64), torch.zeros(_TABLE), router)
 
-    def _hold(self, asked: dict[str, _Loaded]) -> dict[str, _Loaded]:
+    def _hold(self, asked: dict[str, Loaded]) -> dict[str, Loaded]:
         """Have all that is asked for in slots, and keep it there."""
         if len({id(loaded) for loaded in asked.values()}) > self.slots:
             raise AdapterError(f"a session wants {len(asked)} adapters at a time, and the bank has {self.slots} slots")
@@ -243,11 +261,11 @@ class AdapterBank:
             self._in_slots[loaded.slot] = self._in_slots.pop(loaded.slot)  # the last to go
         return asked
 
-    def _put(self, loaded: _Loaded, slot: int) -> None:
+    def _put(self, loaded: Loaded, slot: int) -> None:
         old = self._in_slots.pop(slot, None)
         if old is not None:
             old.slot = None
-        _write(self.layers.values(), slot, self.slots, loaded.adapter)
+        write(self.layers.values(), slot, self.slots, loaded.adapter)
         self._in_slots[slot], loaded.slot = loaded, slot
         self.switches += 1
 
@@ -259,10 +277,11 @@ class AdapterBank:
                     self._forget(loaded)
             if lease._held:
                 self._tables.append(lease.wanted)
-            lease._held = []
+            self._arranger.end(lease.arranged)
+            lease._held, lease.arranged = [], Arranged(())
             self._changed.notify_all()
 
-    def _forget(self, loaded: _Loaded) -> None:
+    def _forget(self, loaded: Loaded) -> None:
         """Give up the slot of an adapter that nobody can ask for any more, unless a session still uses it."""
         if loaded.slot is not None and not loaded.users:
             del self._in_slots[loaded.slot]
@@ -270,7 +289,7 @@ class AdapterBank:
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
-    def _find(self, name: str) -> _Loaded:
+    def _find(self, name: str) -> Loaded:
         if name not in self._loaded:
             close = nearest(name, self._loaded)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -288,9 +307,7 @@ class AdapterBank:
         return Adapter(name, found.layers, found.weights)
 
     def _check(self, adapter: Adapter) -> None:
-        if self.model is None:
-            raise AdapterError("the model of this bank is gone")
-        adapter.check(self.model)
+        adapter.check(self._alive())
         if adapter.weights:
             raise AdapterError(
                 f"adapter {adapter.name!r} has a value of its own for {next(iter(adapter.weights))}, which rows cannot "
@@ -312,7 +329,22 @@ class AdapterBank:
                 )
 
 
-def _paths(held: Mapping[str, _Loaded]) -> dict[str, str]:
+def _fill(table: Wanted, rows: Sequence[Mapping[int | None, float]]) -> None:
+    """Say in a table what rows want, by slot."""
+    most = max((len(row) for row in rows), default=0)
+    if most > MOST:
+        raise AdapterError(f"a row wants {most} adapters, and {MOST} are possible")
+    count = len(rows) * most
+    if count > _TABLE - 2:
+        raise AdapterError(f"{len(rows)} rows of {most} adapters are more than {_TABLE - 2}")
+    slots = [[*row, *[-1] * (most - len(row))] for row in rows]
+    gates = [[*row.values(), *[0.0] * (most - len(row))] for row in rows]
+    table.table[:2] = torch.tensor([len(rows) if most else 0, most])
+    table.table[2 : 2 + count] = torch.tensor(slots, dtype=torch.int64).flatten()
+    table.gates[2 : 2 + count] = torch.tensor(gates, dtype=torch.float32).flatten()
+
+
+def _paths(held: Mapping[str, Loaded]) -> dict[str, str]:
     return {path: name for name, loaded in held.items() if loaded.enabled for path in loaded.adapter.layers}
 
 
@@ -324,82 +356,3 @@ def _factors(row: Row) -> dict[str, float]:
     if isinstance(row, Mapping):
         return {name: float(factor) for name, factor in row.items()}
     raise TypeError(f"a row wants a name, None, or names with factors, not {row!r}")
-
-
-def _targets(model: torch.nn.Module, targets: Sequence[str] | None) -> list[str]:
-    modules = dict(model.named_modules())
-    linear = [p for p, m in modules.items() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
-    if targets is None:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        return [p for p in linear if modules[p] is not head]
-    found: dict[str, None] = {}
-    for target in targets:
-        ends = re.compile(rf"(.*\.)?{re.escape(target)}$")
-        matched = [p for p in modules if ends.match(p)]
-        if not matched:
-            close = nearest(target, {part for p in linear for part in (p, p.rsplit(".", 1)[-1])})
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise AdapterError(f"the model has no module {target!r}{hint}")
-        for path in matched:
-            if path not in linear:
-                raise AdapterError(f"{path} is a {type(modules[path]).__name__}: rows choose adapters of linear layers")
-            found[path] = None
-    return [p for p in linear if p in found]
-
-
-def _allocated(model: torch.nn.Module, paths: Sequence[str], slots: int, max_rank: int) -> dict[str, AdaptedLayer]:
-    """Room for ``slots`` adapters of these layers."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    weights = {}
-    for path in paths:
-        weight, transposed = layer_of(model, path, "bank")
-        if weight.device.type != "cpu":
-            raise AdapterError(f"{path} is on {weight.device}: adapters are chosen by row on the CPU only so far")
-        n, k = reversed(weight.shape) if transposed else weight.shape
-        weights[path] = weight, (int(n), int(k)), transposed
-    sizes: dict[torch.dtype, int] = {}  # of a slot
-    for weight, (n, k), _ in weights.values():
-        sizes[weight.dtype] = sizes.get(weight.dtype, 0) + _aligned(max_rank * k) + _aligned(max_rank * (n + PACK - 1))
-    memory = {dtype: _zeros(slots * size, dtype) for dtype, size in sizes.items()}
-    layers = {}
-    for path, (weight, shape, transposed) in weights.items():
-        where = torch.tensor([[0, 0, 0, max_rank]]).repeat(slots, 1)
-        own = tuple(names[id(weight)])
-        layers[path] = AdaptedLayer(path, own, shape, transposed, memory[weight.dtype], where, torch.zeros(slots))
-    return layers
-
-
-def _aligned(count: int) -> int:
-    return count + -count % 32  # elements, of two bytes or more: whole lines of the cache
-
-
-def _zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros whose memory the system gives when they are written, in huge pages: most banks are never full."""
-    memory = mmap.mmap(-1, count * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
-
-
-def _write(layers: Iterable[AdaptedLayer], slot: int, slots: int, adapter: Adapter) -> None:
-    """Put an adapter into a slot, one layer behind the other, as they are read: of layers side by side in one module,
-    all first matrices and then all second ones."""
-    ends: dict[int, int] = {}
-    siblings: dict[str, list[AdaptedLayer]] = {}
-    for layer in layers:
-        layer.where[slot, 0] = 0
-        if layer.path in adapter.layers:
-            siblings.setdefault(layer.path.rpartition(".")[0], []).append(layer)
-    for group in siblings.values():
-        for which in (0, 1):
-            for layer in group:
-                lora, memory = adapter.layers[layer.path], layer.memory
-                at = ends.setdefault(id(memory), slot * (len(memory) // slots))
-                matrix = pack(lora.b.to(memory.dtype)) if which else lora.a.to(memory.dtype).flatten()
-                memory[at : at + len(matrix)] = matrix
-                ends[id(memory)] = at + _aligned(len(matrix))
-                layer.where[slot, 1 + which] = at
-                layer.where[slot, 0] = lora.rank
-                layer.scales[slot] = lora.scale
