@@ -35,6 +35,7 @@ OPERANDS = 4  # of a weight
 Lora = Sequence[torch.Tensor | None]
 
 library.define("lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor?[] lora) -> Tensor")
+library.define("pack_lora(Tensor[] a, Tensor[] b, Tensor(a!) memory, int[] places) -> ()")
 
 
 def pack(b: torch.Tensor) -> torch.Tensor:
@@ -46,6 +47,24 @@ def unpack(packed: torch.Tensor, n: int, rank: int) -> torch.Tensor:
     """What :func:`pack` made of it, transposed: ``[rank, n]``."""
     blocks = -(-n // PACK)
     return packed[: blocks * rank * PACK].view(blocks, rank, PACK).transpose(0, 1).flatten(1)[:, :n]
+
+
+def pack_lora(
+    a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], memory: torch.Tensor, places: Sequence[int]
+) -> None:
+    """Copy adapters to where kernels read them.
+
+    Args:
+        a, b: ``[rank, k]`` and ``[n, rank]`` each, floating. (The CPU kernel: contiguous, fp32 or bf16.)
+        memory: flat, floating.
+        places: of each ``a`` in it, and behind that of its ``b``.
+    """
+    for i, matrices in enumerate(zip(a, b, strict=True)):
+        for at, matrix in zip(places[2 * i : 2 * i + 2], (matrices[0].flatten(), pack(matrices[1])), strict=True):
+            memory[at : at + len(matrix)] = matrix
+
+
+library.impl("pack_lora", pack_lora, "CompositeExplicitAutograd")
 
 
 @dataclass(frozen=True)

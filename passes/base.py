@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
+from skipc.ir.adapters import Mirrored
 from skipc.ir.config import Config
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ class PassContext:
 
     config: Config = field(default_factory=Config)
     streams: Streams | None = None  # set by find_sites
+    mirrored: Sequence[Mirrored] = ()  # set by fuse_lora
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from skipc.runtime.chaining import Chain, chains_of, gated_chains_of
 from skipc.runtime.codegen import bound_source_for, source_for
 from skipc.runtime.gating import GatedCall, GatedSpec
 from skipc.runtime.huge_pages import back_with_huge_pages
+from skipc.runtime.mirrors import Mirrors
 from skipc.runtime.replay import note_call
 from skipc.runtime.rows import gathered, queried, unseen
 from skipc.runtime.variants import CompileFor, Variants
@@ -72,7 +73,9 @@ class Program:
         self.huge_pages = huge_pages
         self.bank = bank if spec.adapted else None
         layers = bank.layers if bank is not None else {}
-        self._kept = [*constants, *operands_of(layers[path] for path in spec.adapted)]  # inputs behind those of a call
+        self._constants = list(constants)  # inputs behind those of a call, and then what the bank holds
+        self._bank = operands_of(layers[path] for path in spec.adapted)
+        self._mirrors = Mirrors(spec.mirrored, constants) if spec.mirrored else None
         self._model_inputs = tuple(i for i in spec.parameters if i < spec.given) if spec.given >= 0 else spec.parameters
         self.variants = Variants(self, compile_for)
         self.plan: Plan | None = None  # what calls run under, unless their session brings a plan
@@ -123,9 +126,15 @@ class Program:
 
     def _with(self, inputs: Sequence[Any], wanted: Wanted | None) -> tuple[Any, ...]:
         """All inputs: those of a call, constants, what the bank holds, and what rows want of it."""
+        constants = self._constants if self._mirrors is None else self._mirrors.of(inputs).constants
         if self.bank is None:
-            return (*inputs, *self._kept) if self._kept else tuple(inputs)
-        return (*inputs, *self._kept, *(wanted or self.bank.nobody).tensors)
+            return (*inputs, *constants) if constants else tuple(inputs)
+        return (*inputs, *constants, *self._bank, *(wanted or self.bank.nobody).tensors)
+
+    def follow(self, inputs: Sequence[Any]) -> None:
+        """Have constants be what the inputs of a call say now, of those that follow them."""
+        if self._mirrors is not None:
+            self._mirrors.of(inputs)
 
     def _alone(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """A call without a session."""
@@ -324,6 +333,7 @@ class Repeated:
     def __call__(self, trusted: bool) -> tuple[Any, ...]:
         """The next outputs. ``trusted``: no code that could have moved or resized an input has run since the last."""
         if not trusted:
+            self.program.follow(self.inputs)
             self._checked.clear()
             for other in (r for by_kv in self._under.values() for r in by_kv.values()):
                 other._checked.clear()

@@ -95,6 +95,10 @@ class Variants:
     def _fit(self, program: Program, plan: Plan, inputs: Sequence[Any]) -> _Fit:
         """What of ``plan`` this program has, of the dtype and on the device of the model's weights."""
         places = {self._places[name]: value for name, value in plan.weights.items() if name in self._places}
+        read = {i for m in program.spec.mirrored for i in m.inputs}
+        if lost := [name for name in plan.weights if self._places.get(name) in read]:
+            raise PlanError(f"{lost[0]} is an adapter that was fused with its layer: compile with "
+                            "disable_passes=['fuse_lora'] to give it other weights by a plan")  # fmt: skip
         weights = {at: v.to(inputs[at].device, inputs[at].dtype).contiguous() for at, v in places.items()}
         names = {at: name for name, at in self._places.items()}
         shapes = sorted((names[at], tuple(v.shape)) for at, v in weights.items() if v.shape != inputs[at].shape)

@@ -199,7 +199,12 @@ def build_outline(
         raise NoResidualStreamError(FallbackReason.NO_STREAM)
     outline = Outline(transformed, streams, manager)
     outline.spec = dataclasses.replace(
-        outline.spec, given=given, adapted=attached.paths, left=attached.left, routed=attached.routed
+        outline.spec,
+        given=given,
+        adapted=attached.paths,
+        left=attached.left,
+        routed=attached.routed,
+        mirrored=tuple(manager.ctx.mirrored),
     )
     return outline, manager
 

@@ -67,6 +67,11 @@ class Explanation:
                     "rejected": [{"name": r.name, "reason": r.reason.value} for r in g.rejected],
                     "sites": [asdict(s) for s in g.spec.sites] if g.spec else [],
                     "regions": [asdict(r) for r in g.spec.regions] if g.spec else [],
+                    "adapters": (
+                        {"layers": g.spec.adapted, "left": dict(g.spec.left), "routed": sorted(g.spec.routed)}
+                        if g.spec is not None and g.spec.adapted
+                        else None
+                    ),
                     "program": g.source,
                 }
                 for g in self.graphs
@@ -87,6 +92,8 @@ class Explanation:
             )
             if self.config.lowering == "outline":
                 parts += [f"  gates {how}: {', '.join(names)}" for how, names in _gates(g.spec).items()]
+            if g.spec.adapted:
+                parts += _adapters(g.spec, self.config)
             report = str(SiteReport(g.spec.sites, g.rejected))
             parts += [f"  {line}" for line in report.splitlines()]
         return "\n".join(parts)
@@ -96,6 +103,16 @@ _LOWERINGS = {
     "cond": "one Inductor graph with a torch.cond at each site; no native kernels",
     "static": "one Inductor graph without the sites of the plan; no native kernels",
 }
+
+
+def _adapters(spec: ProgramSpec, config: Config) -> list[str]:
+    bank = config.adapters
+    assert bank is not None
+    lines = [f"  adapters: {bank!r}, {len(spec.adapted)} of its layers here, {len(spec.routed)} for routers"]
+    lines += [f"    none for {path}: {why}" for path, why in spec.left.items()]
+    if bank.resident:
+        lines.append(f"    {bank.resident[-1]} for all rows, mode 'auto': {bank.explain(bank.resident[-1])}")
+    return lines
 
 
 def _regions(spec: ProgramSpec) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from skipc.adapters.adapter import layer_of
-from skipc.adapters.memory import aligned, zeros
 from skipc.ir.adapters import AdaptedLayer
 from skipc.ir.errors import AdapterError
 from skipc.ir.plan import Plan
+from skipc.kernels.memory import aligned, zeros
 from skipc.kernels.merging import NATIVE, merge_lora
 
 _SAMPLED = 8  # of so many layers one is timed, for a guess

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from skipc.adapters.adapter import Adapter, layer_of
-from skipc.adapters.memory import aligned, zeros
 from skipc.ir.adapters import AdaptedLayer
 from skipc.ir.errors import AdapterError, nearest
 from skipc.kernels.lora import PACK, pack
+from skipc.kernels.memory import aligned, zeros
 
 
 @dataclass(eq=False)

@@ -73,6 +73,39 @@ class Wanted:
         return made
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How much of an adapter: what the input at this position says; where there is none, a number."""
+
+    input: int | None
+    number: float
+
+
+@dataclass(frozen=True, eq=False)
+class Mirrored:
+    """An adapter that a model has among its parameters, and where a program keeps it as kernels read it.
+
+    Attributes:
+        a, b: positions of its matrices among the inputs of a call.
+        scale: of it.
+        memory, where, scales: constants of the program; see :mod:`skipc.kernels.lora`.
+        slot: of these.
+    """
+
+    a: int
+    b: int
+    scale: Scale
+    memory: torch.Tensor
+    where: torch.Tensor
+    scales: torch.Tensor
+    slot: int
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """All that it is made of."""
+        return (self.a, self.b) if self.scale.input is None else (self.a, self.b, self.scale.input)
+
+
 def operands_of(layers: Iterable[AdaptedLayer]) -> list[torch.Tensor]:
     """What the adapters of some layers are held by, each tensor once."""
     return list({id(t): t for layer in layers for t in layer.operands}.values())

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from skipc.ir.adapters import Mirrored
 from skipc.ir.errors import PlanError
 from skipc.ir.site import Site
 
@@ -164,6 +165,7 @@ class ProgramSpec:
     given: int = -1  # how many of the inputs a call gives; behind them come those of adapters and replacements
     adapted: tuple[str, ...] = ()  # paths of the layers whose adapters are inputs, in order
     left: Mapping[str, str] = field(default_factory=dict)  # those that do not add what these say, and why
+    mirrored: tuple[Mirrored, ...] = ()  # adapters among the parameters, which constants of the program follow
     routed: frozenset[str] = frozenset()  # those that take the tokens that a router decides for
 
 
