@@ -201,7 +201,7 @@ def _rewrite(graph: fx.Graph, layers: list[tuple[fx.Node, _Adapted]]) -> list[Mi
         return constants[key]
 
     table, gates = torch.tensor([1, slots, *range(slots)]), torch.ones(2 + slots)
-    mirrored = []
+    mirrored: list[Mirrored] = []
     for layer in planned:
         parts, (x, weight) = layer.adapted.parts, layer.adapted.layer.args[:2]
         numbers = [0.0 if isinstance(part.scale, fx.Node) else float(part.scale) for part in parts]
