@@ -1,5 +1,5 @@
 """SmolLM2 with 8 LoRA adapters of rank 16 on all linear layers: decode steps with rows that choose among them, beside
-the base model and PEFT; what a switch costs, and what the bank takes.
+the base model and PEFT; adapters merged into the weights; what a switch costs, and what the bank takes.
 
 Peers take turns in one process. ``base`` is skipc exact without a bank; ``none`` has a bank, and no row wants anything.
 PEFT runs as users run it: ``adapter_names`` for rows that differ, ``set_adapter`` for one adapter. Compiling PEFT's
@@ -67,10 +67,11 @@ class Step:
 class Skipc:
     """The same as :func:`skipc.generate` runs it, under a session of its own."""
 
-    def __init__(self, compiled: Any, batch: int, adapters: Any = None):
+    def __init__(self, compiled: Any, batch: int, adapters: Any = None, mode: str = "unmerged"):
         self.decoder = Decoder(compiled.model, compiled, batch, CACHE, padded=False)
         self.decoder.fix_sizes()
-        self.session = compiled.session(adapters=adapters) if adapters is not None else nullcontext()
+        wanted = adapters is not None
+        self.session = compiled.session(adapters=adapters, adapter_mode=mode) if wanted else nullcontext()
         self.token = torch.full((batch,), 35)
         with self.session:
             self.decoder.prefill(torch.arange(3, 3 + CONTEXT).expand(batch, -1), None)
@@ -187,11 +188,19 @@ def main(
             "base again": Skipc(plain, batch),
             "none": Skipc(banked, batch),
             "one for all": Skipc(banked, batch, "a0"),
+            "merged": Skipc(banked, batch, "a0", "merged"),
             "mixed": Skipc(banked, batch, rows),
         }
+        if batch > 3:  # most rows want one
+            skewed = ["a0"] * (batch - 2) + ["a1", None]
+            peers["skewed"] = Skipc(banked, batch, skewed)
+            peers["skewed, mixture"] = Skipc(banked, batch, skewed, "mixture")
     record: dict[str, Any] = {"dtype": dtype, "batch": batch, "layers": layers, "rank": rank, "load": load}
     title = f"{dtype}, batch {batch}, {count} adapters of rank {rank}, {threads} threads"
     record["steps"] = report(title, turns(peers, rounds), "base")
+    decisions = {"one for all": bank.explain("a0" if batch == 1 else ["a0"] * batch), "mixed": bank.explain(rows)}
+    record["decisions"] = {name: str(decision) for name, decision in decisions.items()}
+    console.print(record["decisions"])
 
     def chosen(**settings: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: peft_model(*args, **kwargs, **settings)

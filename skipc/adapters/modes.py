@@ -9,7 +9,6 @@ least time.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Literal, TypeVar
 import torch
 
 from skipc.ir.adapters import AdaptedLayer
+from skipc.kernels import native
 from skipc.kernels.merging import NATIVE
 
 Mode = Literal["unmerged", "merged", "mixture", "auto"]
@@ -88,40 +88,40 @@ def mixture(rows: Sequence[Mapping[Key, float]], merged: Mapping[Key, float]) ->
     ]
 
 
+_ROWS = 8
+
+
 def measure(layers: Sequence[tuple[torch.Tensor, AdaptedLayer]], slot: int, switch: float) -> Costs:
-    """Costs of steps by running all layers with what a slot holds and without, for one row and for eight.
+    """Costs of steps of some rows, by running all layers with nobody, one of them, and all of them wanting what a slot
+    holds.
 
     Args:
         layers: weights ``[out, in]`` with their adapters.
         slot: that some adapter lies in.
         switch: seconds of merging.
     """
+    native.available()  # which programs run, if it is
     generator = torch.Generator().manual_seed(0)
-    most = torch.tensor([1, 1, slot])
-    nothing, gates = torch.tensor([0, 0, 0]), torch.ones(3)
+    inputs = {(w.shape[1], w.dtype): torch.randn(_ROWS, w.shape[1], generator=generator).to(w.dtype) for w, _ in layers}
+    gates = torch.ones(2 + _ROWS)
 
-    def run(rows: int, table: torch.Tensor) -> float:
+    def run(wanting: int) -> float:
+        table = torch.tensor([_ROWS, 1, *[slot] * wanting, *[-1] * (_ROWS - wanting)])
         start = time.perf_counter()
         for weight, layer in layers:
-            x = inputs[rows, weight.shape[1], weight.dtype]
-            lora = [*layer.operands, table, gates]
+            x, lora = inputs[weight.shape[1], weight.dtype], [*layer.operands, table, gates]
             if weight.dtype in NATIVE:
                 torch.ops.skipc.skinny_linear(x, [weight], [None], None, 0.0, None, lora)
             else:
                 torch.ops.skipc.lora_linear(x, weight, None, lora)
         return time.perf_counter() - start
 
-    inputs = {}
-    for weight, _ in layers:
-        for rows in (1, 8):
-            k, dtype = weight.shape[1], weight.dtype
-            inputs[rows, k, dtype] = torch.randn(rows, k, generator=generator).to(dtype)
-    added: dict[int, list[float]] = {1: [], 8: []}
-    for turn in range(6):
-        for rows, found in added.items():
-            difference = run(rows, most) - run(rows, nothing)
-            if turn:
-                found.append(difference)
-    one, eight = (max(0.0, statistics.median(found)) for found in added.values())
-    row = max(0.0, eight - one) / 7
-    return Costs(max(0.0, one - row), row, switch)
+    times: dict[int, list[float]] = {0: [], 1: [], _ROWS: []}
+    for turn in range(10):
+        for wanting, found in times.items():
+            took = run(wanting)
+            if turn > 1:
+                found.append(took)
+    none, one, every = map(min, times.values())
+    row = max(0.0, every - one) / (_ROWS - 1)
+    return Costs(max(0.0, one - none - row), row, switch)
