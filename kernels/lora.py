@@ -35,6 +35,7 @@ OPERANDS = 4  # of a weight
 Lora = Sequence[torch.Tensor | None]
 
 library.define("lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor?[] lora) -> Tensor")
+library.define("add_lora(Tensor(a!) out, Tensor x, Tensor?[] lora) -> ()")
 library.define("pack_lora(Tensor[] a, Tensor[] b, Tensor(a!) memory, int[] places) -> ()")
 
 
@@ -152,6 +153,18 @@ def add_lora(out: torch.Tensor, x: torch.Tensor, lora: Lora, at: int = 0) -> tor
     return out
 
 
+@torch.library.impl(library, "add_lora", "CompositeExplicitAutograd")
+def _(out: torch.Tensor, x: torch.Tensor, lora: Lora) -> None:
+    add_lora(out.view(-1, out.shape[-1]), x, lora)
+
+
+def _native(x: torch.Tensor, lora: Lora) -> bool:
+    """Whether the CPU kernel takes this: adapters that lie in one memory."""
+    memory = lora[0]
+    assert memory is not None
+    return x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and memory.dtype == x.dtype and memory.dim() == 1
+
+
 def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora: Lora) -> torch.Tensor:
     """``x @ weight.T + bias``, and what each row's adapters add: ``gate * scale * ((x @ a.T) @ b.T)``.
 
@@ -166,8 +179,11 @@ def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Raises:
         RuntimeError: if the table is for another number of rows.
     """
-    out = F.linear(x, weight, bias)
-    add_lora(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), lora)
+    out, rows = F.linear(x, weight, bias), x.reshape(-1, x.shape[-1])
+    if _native(rows, lora):
+        torch.ops.skipc.add_lora(out, rows.contiguous(), lora)
+    else:
+        add_lora(out.view(-1, out.shape[-1]), rows, lora)
     return out
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from skipc.kernels import native
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import add_input, infer, labels_of, last_input
 from skipc.passes.ops import op_name, same_sizes, tensor
@@ -54,6 +55,7 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> Attache
     found = list(_layers_in(gm.graph, bank.layers.values()))
     if not found:
         return Attached()
+    native.available()  # which the operations put in here run on, if it is
     inputs: dict[int, fx.Node] = {}
     for value in operands_of(layer for layer, _, _ in found):
         inputs[id(value)] = add_input(gm.graph, f"adapters_{len(inputs)}", value)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from skipc.kernels import native
 from skipc.kernels.lora import MOST, PACK
 from skipc.kernels.memory import aligned, zeros
 from skipc.passes.base import Pass, PassContext, PassResult
@@ -55,6 +56,7 @@ class FuseLora(Pass):
                 found[node] = adapted
         layers = [(made, a) for add, a in found.items() if (made := _made(add, a)) is not None and len(a.parts) <= MOST]
         if layers:
+            native.available()  # which the operation runs on, if it is
             ctx.mirrored = _rewrite(gm.graph, layers)
         return PassResult(len(layers), bool(layers))
 

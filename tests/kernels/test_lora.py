@@ -10,7 +10,7 @@ import torch
 from skipc.kernels import native
 from skipc.kernels.blocks import attention_block
 from skipc.kernels.linear import gated_mlp, skinny_linear
-from skipc.kernels.lora import MOST, PACK, lora_linear, pack, unpack
+from skipc.kernels.lora import MOST, PACK, add_lora, lora_linear, pack, pack_lora, unpack
 from torch.nn import functional as F
 
 from tests.harness import assert_no_further
@@ -39,7 +39,7 @@ def _built() -> None:
 def wants(rows: Sequence[dict[int, float]]) -> list[torch.Tensor]:
     """Table and gates."""
     most = max((len(row) for row in rows), default=0)
-    table, gates = torch.full((100,), -7), torch.full((100,), float("nan"))  # nobody may read what is not theirs
+    table, gates = torch.full((400,), -7), torch.full((400,), float("nan"))  # nobody may read what is not theirs
     flat = [(s, g) for row in rows for s, g in [*row.items(), *[(-1, float("nan"))] * (most - len(row))]]
     table[:2] = torch.tensor([len(rows) if most else 0, most])
     for i, (slot, gate) in enumerate(flat):
@@ -135,6 +135,8 @@ def test_linear(count: int, width: int, heights: list[int], ranks: Any, wanted: 
     parts = [[*lora[4 * i : 4 * i + 4], *lora[-2:]] for i in range(len(weights))]
     apart = [lora_linear(x, w, b, part) for w, b, part in zip(weights, biases, parts, strict=True)]
     assert_no_further(exact, eager, torch.cat(apart, -1))
+    spelled = [add_lora(F.linear(x, w, b), x, part) for w, b, part in zip(weights, biases, parts, strict=True)]
+    assert_no_further(exact, eager, torch.cat(spelled, -1))
     without = OPS.skinny_linear(x, weights, biases, None, 0.0, None, [])
     for r in range(count):  # bit for bit the base model, and the row by itself
         row = rows[r * len(rows) // count] if rows else {}
@@ -143,6 +145,50 @@ def test_linear(count: int, width: int, heights: list[int], ranks: Any, wanted: 
             assert torch.equal(apart[0][r], F.linear(x, weights[0], biases[0])[r])
         alone = OPS.skinny_linear(x[r : r + 1], weights, biases, None, 0.0, None, [*layers.operands, *wants([row])])
         assert torch.equal(found[r], alone[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "groups"), [(17, 17), (150, 150), (96, 4), (64, 1), (130, 2)])
+@pytest.mark.parametrize(("width", "height"), [(576, 192), (33, 37)])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_many_rows(count: int, groups: int, width: int, height: int, tokens: bool, dtype: torch.dtype) -> None:
+    """Rows of their own, in groups of neighbours, and tokens that a router decided for."""
+    generator = torch.Generator().manual_seed(count)
+    x, w = (torch.randn(n, width, generator=generator).to(dtype) for n in (count, height))
+    layers = Layers([(height, width)], (16, 3, 0, 40), dtype)
+    rows: list[dict[int, float]] = []
+    for _ in range(groups):
+        chosen = torch.randperm(4, generator=generator)[: int(torch.randint(0, 3, (1,), generator=generator))]
+        rows.append({slot: float(torch.rand(1, generator=generator)) for slot in chosen.tolist()})
+    rows[0] = {0: 0.5, 3: 1.0}
+    lora = layers.given(rows)
+    if tokens and groups == count:
+        lora[-2][0] *= -1
+    exact, eager = (layers.adapted(x.to(t), w, None, 0, rows) for t in (torch.float64, dtype))
+    found, plain = lora_linear(x, w, None, lora), F.linear(x, w)
+    assert_no_further(exact, eager, found)
+    assert_no_further(exact, eager, add_lora(F.linear(x, w), x, lora))
+    for r in range(count):
+        assert rows[r * groups // count] or torch.equal(found[r], plain[r])
+    if tokens:  # layers of other rows want nothing of theirs
+        lora[-2][0] = -count
+        assert torch.equal(lora_linear(x[: count // 2], w, None, lora), F.linear(x[: count // 2], w))
+
+
+@pytest.mark.parametrize("into", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packing_many(dtype: torch.dtype, into: torch.dtype) -> None:
+    shapes, places, at = [(37, 20, 3), (16, 8, 1), (5, 64, 40)], [], 2
+    a, b = ([torch.randn(*((r, k) if which else (n, r))).to(dtype) for n, k, r in shapes] for which in (1, 0))
+    for n, k, r in shapes:
+        places += [at, at + r * k + 1]
+        at += r * (k + n + PACK) + 3
+    made = [torch.full((at,), float("nan"), dtype=into) for _ in range(2)]
+    pack_lora(a, b, made[0], places)
+    OPS.pack_lora(a, b, made[1], places)
+    assert torch.equal(made[0].nan_to_num(nan=1e9), made[1].nan_to_num(nan=1e9))
+    for i, (n, _, r) in enumerate(shapes):
+        assert torch.equal(unpack(made[1][places[2 * i + 1] :], n, r).T, b[i].to(into))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
