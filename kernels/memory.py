@@ -6,6 +6,8 @@ import mmap
 
 import torch
 
+_PAGE = 2 << 20  # a huge one
+
 
 def aligned(count: int) -> int:
     """So many elements, of two bytes or more, or a few more: whole lines of the cache."""
@@ -14,7 +16,12 @@ def aligned(count: int) -> int:
 
 def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros whose memory the system gives when they are written, in huge pages: most banks are never full."""
-    memory = mmap.mmap(-1, count * dtype.itemsize)
+    if not count:
+        return torch.zeros(0, dtype=dtype)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory, which is the default, gets no huge pages
+    memory = mmap.mmap(-1, count * dtype.itemsize + _PAGE, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
+    first = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -first.data_ptr() % _PAGE
+    return first[start : start + count * dtype.itemsize].view(dtype)

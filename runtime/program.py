@@ -74,7 +74,7 @@ class Program:
         self.bank = bank if spec.adapted else None
         layers = bank.layers if bank is not None else {}
         self._constants = list(constants)  # inputs behind those of a call, and then what the bank holds
-        self._bank = operands_of(layers[path] for path in spec.adapted)
+        self._adapters = operands_of(layers[path] for path in spec.adapted)
         self._mirrors = Mirrors(spec.mirrored, constants) if spec.mirrored else None
         self._model_inputs = tuple(i for i in spec.parameters if i < spec.given) if spec.given >= 0 else spec.parameters
         self.variants = Variants(self, compile_for)
@@ -129,7 +129,7 @@ class Program:
         constants = self._constants if self._mirrors is None else self._mirrors.of(inputs).constants
         if self.bank is None:
             return (*inputs, *constants) if constants else tuple(inputs)
-        return (*inputs, *constants, *self._bank, *(wanted or self.bank.nobody).tensors)
+        return (*inputs, *constants, *self._adapters, *(wanted or self.bank.nobody).tensors)
 
     def follow(self, inputs: Sequence[Any]) -> None:
         """Have constants be what the inputs of a call say now, of those that follow them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from skipc.kernels import native
 from skipc.kernels.blocks import attention_block
 from skipc.kernels.linear import gated_mlp, skinny_linear
 from skipc.kernels.lora import MOST, PACK, add_lora, lora_linear, pack, pack_lora, unpack
+from skipc.kernels.memory import zeros
 from torch.nn import functional as F
 
 from tests.harness import assert_no_further
@@ -305,3 +307,19 @@ def test_registration() -> None:
     lora = Layers([(8, 16)], (4, 2), torch.float32).given([{0: 1.0}, {}])
     args = (torch.randn(2, 3, 16), torch.randn(8, 16), torch.randn(8), lora)
     torch.library.opcheck(OPS.lora_linear.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_memory_is_the_process_s_own() -> None:
+    """Memory that a fork shares would have one process's adapters replaced by another's, and gets no huge pages."""
+    made = zeros(3_000_000, torch.bfloat16)
+    assert made.data_ptr() % (2 << 20) == 0
+    assert not made.any()
+    made.fill_(1)
+    at = made.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, mode = line.split()[:2]
+        first, end = (int(n, 16) for n in span.split("-"))
+        if first <= at < end:
+            assert mode == "rw-p"
+            return
+    raise AssertionError("no mapping of this process has the memory")
