@@ -7,6 +7,7 @@ each stream. Each node goes to one slot:
 * a node whose value only one slot needs goes there (so that a skipped sublayer takes its private producers along: the
   cross-attention's keys, the expanded view of a cache);
 * any other node runs as early as it can (masks and rotary tables: in the prologue, once);
+* what decides about a stream for all that follows (a router of adapters) runs behind what makes that point of it;
 * nobody crosses a write: all dependences of :class:`~skipc.passes.dataflow.Dataflow` hold between slots, which is
   verified, and inside a slot the original order stays.
 """
@@ -26,6 +27,7 @@ from skipc.ir.errors import PassError
 _SCOPE_ENTER = frozenset(
     {"_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting", "_enter_autocast"}
 )
+_DECIDES = frozenset({"route_tokens"})
 _SCOPE_EXIT = frozenset(
     {"_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement_nesting", "_exit_autocast"}
 )
@@ -78,9 +80,9 @@ class Partition:
     def _earliest(self) -> dict[fx.Node, int]:
         earliest: dict[fx.Node, int] = {}
         for node in self.flow.nodes:
+            opens = {} if op_name(node) in _DECIDES else self.opens
             bounds = [
-                max(earliest[s], self.opens.get(s, 0))
-                for s in (*self.flow.sources[node], *self.flow.before.get(node, ()))
+                max(earliest[s], opens.get(s, 0)) for s in (*self.flow.sources[node], *self.flow.before.get(node, ()))
             ]
             earliest[node] = max(bounds, default=0)
         return earliest
@@ -102,7 +104,7 @@ class Partition:
                 place[node] = self.pins[node]
             elif node in scopes:
                 place[node] = scopes[node]
-            elif node in self.opens:
+            elif node in self.opens or op_name(node) in _DECIDES:
                 place[node] = earliest[node]
             else:
                 later = (flow.users[node] | after[node]) - set(floating)
