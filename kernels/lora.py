@@ -11,8 +11,8 @@ The adapters of a layer lie in slots, and four tensors hold them:
 Two more say what rows want, in tensors whose form never changes:
 
 * ``table``, int64: how many groups of rows there are (each of as many neighbours), how many slots each group names, and
-  then these, group by group, -1 for none. No groups: nobody wants any. A negative number: each group is a token, of
-  which layers that take another number of rows want nothing.
+  then these, group by group, -1 for none. No groups: nobody wants any. A negative number: a router decided for each of
+  so many tokens, and layers that take other rows must have nothing for them.
 * ``gates``, fp32: how much of each, at the same places.
 
 Kernels take adapters as one list: for each of their weights four tensors or four times None, then table and gates; or
@@ -133,6 +133,17 @@ def matrices(lora: Lora, at: int, slot: int, k: int, n: int) -> tuple[torch.Tens
     return a[first : first + rank * k].view(rank, k), unpack(b[second:], n, rank), float(scales[slot])
 
 
+def _check_tokens(table: torch.Tensor, lora: Lora, at: int, rows: int) -> None:
+    """Refuse tokens that a router decided for, where a layer takes other rows and has something for them."""
+    groups, per = table[:2].tolist()
+    where = lora[OPERANDS * at + 2]
+    if groups >= 0 or groups == -rows or where is None:
+        return
+    wanted = table[2 : 2 - groups * per].unique()
+    if where[wanted[wanted >= 0], 0].any():
+        raise RuntimeError(f"a router decided for {-groups} tokens, and adapters of a layer met {rows}")
+
+
 def add_lora(out: torch.Tensor, x: torch.Tensor, lora: Lora, at: int = 0) -> torch.Tensor:
     """Add to ``out``, ``[rows, n]``, in place, what rows of ``x``, ``[rows, k]``, want of the ``at``-th weight's."""
     if not lora:
@@ -140,6 +151,7 @@ def add_lora(out: torch.Tensor, x: torch.Tensor, lora: Lora, at: int = 0) -> tor
     table, gates = lora[-2:]
     assert table is not None
     assert gates is not None
+    _check_tokens(table, lora, at, len(x))
     for part in (scattered if _scatter(table, len(x)) else stretches)(table, gates, len(x)):
         found = matrices(lora, at, part.slot, x.shape[1], out.shape[1])
         if found is None:

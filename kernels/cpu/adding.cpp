@@ -103,11 +103,14 @@ void add_lora(Tensor out, const Tensor& x, const std::vector<std::optional<Tenso
   STD_TORCH_CHECK(x.is_contiguous() && out.is_contiguous(), "add_lora: x and what it adds to must be contiguous");
   const int64_t R = rows_of(x), K = x.size(x.dim() - 1), N = out.size(out.dim() - 1);
   const Wanted wanted(lora);
-  wanted.check(R, "add_lora");
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const Low<T> low = low_of<T>(lora, 0);
     STD_TORCH_CHECK(low.packed, "add_lora: adapters must lie in one memory");
+    struct {
+      const Low<T>& low;
+    } const parts[] = {{low}};
+    wanted.check(R, "add_lora", parts);
     add_rows((const T*)x.const_data_ptr(), (T*)out.mutable_data_ptr(), R, K, N, low, wanted);
   };
   if (x.scalar_type() == ScalarType::Float) return run(float());

@@ -101,7 +101,7 @@ struct AttentionBlock {
   }
   void check() const {
     places.check(Q, attention.s.L, "attention_block");
-    wanted.check(B * Q, "attention_block");
+    wanted.check(B * Q, "attention_block", projections, output);
   }
   int64_t scratch() const {
     const Shape& s = attention.s;

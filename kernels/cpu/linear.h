@@ -84,7 +84,7 @@ struct Linears {
     bridge = place_bridges(parts, R);
   }
 
-  void check() const { wanted.check(R, "skinny_linear"); }
+  void check() const { wanted.check(R, "skinny_linear", parts); }
   int64_t scratch() const { return bridge; }
   int64_t work() const { return N * K; }
 
@@ -139,7 +139,7 @@ struct GatedMLP {
     bridge = std::max(place_bridges(entry, R), place_bridges(exit, R));
   }
 
-  void check() const { wanted.check(R, "gated_mlp"); }
+  void check() const { wanted.check(R, "gated_mlp", entry, exit); }
   int64_t scratch() const { return R * inner + bridge; }
   int64_t work() const { return inner * K; }
 

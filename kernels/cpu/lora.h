@@ -40,7 +40,7 @@ Low<T> low_of(const std::vector<std::optional<Tensor>>& lora, int64_t at) {
 }
 
 // Which adapters rows want: row r of R belongs to group r * groups / R, and each group names `per` slots (or -1), and how
-// much of each it wants. Groups that a router made are tokens, of which layers of other rows want nothing. Read at each
+// much of each it wants. Groups that a router made are tokens; layers of other rows must have nothing for them. Read at each
 // call: what a tensor holds may change where the tensor does not.
 struct Wanted {
   const int64_t* table = nullptr;
@@ -58,10 +58,19 @@ struct Wanted {
     return table[0] >= 0 ? table[0] : -table[0] == rows ? rows : 0;
   }
   int64_t per() const { return table[1]; }
-  void check(int64_t rows, const char* kernel) const {
+  template <typename... Parts>
+  void check(int64_t rows, const char* kernel, const Parts&... parts) const {
+    if (table && table[0] < 0 && -table[0] != rows) (check_empty(rows, kernel, parts), ...);
     if (!groups(rows)) return;
     STD_TORCH_CHECK(rows % groups(rows) == 0, kernel, ": adapters for ", groups(rows), " rows in a call of ", rows);
     STD_TORCH_CHECK(per() <= MOST_ADAPTERS, kernel, ": ", per(), " adapters for a row, and ", MOST_ADAPTERS, " are possible");
+  }
+  template <typename Parts>
+  void check_empty(int64_t rows, const char* kernel, const Parts& parts) const {
+    for (const auto& p : parts)
+      for (int64_t i = 0; p.low.a && i < -table[0] * per(); i++)
+        STD_TORCH_CHECK(table[2 + i] < 0 || !p.low.rank(table[2 + i]), kernel, ": a router decided for ", -table[0],
+                        " tokens, and adapters of a layer met ", rows);
   }
   // Calls `body(first, end, i, slot)` for stretches of rows that share their i-th slot.
   template <typename Body>

@@ -179,7 +179,7 @@ class AdapterBank:
         every = isinstance(rows, str | Mapping)
         each: Sequence[Row] = [rows] if isinstance(rows, str | Mapping) else rows
         wanted = [_factors(row) for row in each]
-        held, table = self._held({name for row in wanted for name in row})
+        held, table = self._held(name for row in wanted for name in row)
         made = Lease(self, None if every else len(wanted), _paths(held), table, _held=list(held.values()))
         on = [{held[name]: f for name, f in row.items() if held[name].enabled} for row in wanted]
         try:
@@ -199,7 +199,7 @@ class AdapterBank:
             raise AdapterError(
                 f"{router} is larger than those that this bank takes: {_EXPERTS} experts of the width of its layers"
             )
-        held, table = self._held({name for name in router.experts if name is not None})
+        held, table = self._held(name for name in router.experts if name is not None)
         packed = router.packed({name: loaded.slot for name, loaded in held.items() if loaded.enabled})
         table.router[: len(packed)] = packed
         return Lease(self, None, _paths(held), table, _held=list(held.values()))

@@ -172,9 +172,13 @@ def test_many_rows(count: int, groups: int, width: int, height: int, tokens: boo
     assert_no_further(exact, eager, add_lora(F.linear(x, w), x, lora))
     for r in range(count):
         assert rows[r * groups // count] or torch.equal(found[r], plain[r])
-    if tokens:  # layers of other rows want nothing of theirs
-        lora[-2][0] = -count
-        assert torch.equal(lora_linear(x[: count // 2], w, None, lora), F.linear(x[: count // 2], w))
+    if tokens:  # layers of other rows must have nothing for them
+        lora[-2][0] = -groups
+        for op in (lora_linear, lambda x, w, _, lora: add_lora(F.linear(x, w), x, lora)):
+            with pytest.raises(RuntimeError, match=f"a router decided for {groups} tokens, and adapters of a layer"):
+                op(x[:-1] if groups == count else x, w, None, lora)
+        bare = [*lora[:2], lora[2] * torch.tensor([0, 1, 1, 1]), *lora[3:]]
+        assert torch.equal(lora_linear(x[:-1], w, None, bare), F.linear(x[:-1], w)) or groups == count - 1
 
 
 @pytest.mark.parametrize("into", DTYPES)
@@ -299,6 +303,11 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         with pytest.raises(RuntimeError, match="adapters for 2 rows in a call of 3"):
             op(x, [w], [None], None, 0.0, None, layers.given([{0: 1.0}, {}]))
     many = [{i % 2 + i * 100: 1.0 for i in range(MOST + 1)}]
+    routed = layers.given([{0: 1.0}] * 4)
+    routed[-2][0] = -4
+    for op in (OPS.skinny_linear, skinny_linear):
+        with pytest.raises(RuntimeError, match="a router decided for 4 tokens, and adapters of a layer met 3"):
+            op(x, [w], [None], None, 0.0, None, routed)
     with pytest.raises(RuntimeError, match=f"{MOST + 1} adapters for a row"):
         OPS.skinny_linear(x, [w], [None], None, 0.0, None, layers.given(many))
 
