@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -16,12 +17,15 @@ def aligned(count: int) -> int:
 
 def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros whose memory the system gives when they are written, in huge pages: most banks are never full."""
-    if not count:
-        return torch.zeros(0, dtype=dtype)
+    if count * dtype.itemsize < _PAGE:
+        with torch.inference_mode(False):  # else nobody outside it could write them
+            return torch.zeros(count, dtype=dtype)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory, which is the default, gets no huge pages
     memory = mmap.mmap(-1, count * dtype.itemsize + _PAGE, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    first = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -first.data_ptr() % _PAGE
-    return first[start : start + count * dtype.itemsize].view(dtype)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    with torch.inference_mode(False):
+        first = torch.frombuffer(memory, dtype=torch.uint8)
+        start = -first.data_ptr() % _PAGE
+        return first[start : start + count * dtype.itemsize].view(dtype)

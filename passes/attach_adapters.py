@@ -11,12 +11,12 @@ import torch
 from skipc.kernels import native
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import add_input, infer, labels_of, last_input
-from skipc.passes.ops import op_name, same_sizes, tensor
+from skipc.passes.ops import decides, op_name, same_sizes, tensor
 from skipc.passes.residual import Streams
 from skipc.passes.substitute_weights import weight_name
 from torch import fx
 
-from skipc.ir.adapters import AdaptedLayer, Bank, operands_of
+from skipc.ir.adapters import WANTED, AdaptedLayer, Bank, operands_of
 from skipc.ir.errors import AdapterError
 
 _LOOKUPS = frozenset(["embedding"])  # uses of a tied weight that no adapter of the linear layer changes
@@ -59,13 +59,12 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> Attache
     inputs: dict[int, fx.Node] = {}
     for value in operands_of(layer for layer, _, _ in found):
         inputs[id(value)] = add_input(gm.graph, f"adapters_{len(inputs)}", value)
-    names = "adapters_wanted", "adapters_gates", "adapters_router"
     *wanted, router = (  # each call's own
         add_input(gm.graph, name, value, parameter=False)
-        for name, value in zip(names, bank.nobody.tensors, strict=True)
+        for name, value in zip(WANTED, bank.nobody.tensors, strict=True)
     )
     tokens = _route(gm.graph, streams, router, wanted)
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    branches = _branches(streams)
     left: dict[str, str] = {}
     routed = set()
     for layer, weight, uses in found:
@@ -76,7 +75,7 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> Attache
         elif not all(_by_row(tensor(_input_of(use)), streams) for use in uses):
             left[layer.path] = f"the rows that {layer.path} takes are not those of the batch"
         else:
-            if tokens is not None and all(order[use] > order[tokens] and _by_token(use, tokens) for use in uses):
+            if tokens is not None and all(use in branches and _by_token(use, tokens) for use in uses):
                 routed.add(layer.path)
             for use in uses:
                 _attach(use, weight, [*(inputs[id(t)] for t in layer.operands), *wanted])
@@ -85,7 +84,8 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> Attache
     flow = Dataflow(gm.graph)
     for junction in streams.junctions:
         for term in junction.terms:
-            term.branch = flow.between(junction.point, term.value)
+            branch = flow.between(junction.point, term.value)
+            term.branch = type(branch)(n for n in branch if not decides(n))
     return Attached(tuple(layer.path for layer, _, _ in found), left, frozenset(routed))
 
 
@@ -109,8 +109,14 @@ def _route(graph: fx.Graph, streams: Streams, router: fx.Node, wanted: Sequence[
     return head
 
 
+def _branches(streams: Streams) -> set[fx.Node]:
+    """What adds to the first stream."""
+    mine = [j for j in streams.junctions if j.stream == streams.junctions[0].stream]
+    return {node for junction in mine for term in junction.terms for node in term.branch}
+
+
 def _by_token(use: fx.Node, head: fx.Node) -> bool:
-    """Whether a layer takes all tokens of the stream, in order."""
+    """Whether a layer takes as many rows as the stream has tokens."""
     x, tokens = tensor(_input_of(use)), tensor(head)
     assert x is not None
     assert tokens is not None

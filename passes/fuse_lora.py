@@ -120,7 +120,7 @@ def _part(change: Any, layer: fx.Node, flow: Dataflow) -> _Part | None:
 
 
 def _wide(add: fx.Node, layer: fx.Node, part: _Part) -> bool:
-    """Whether nothing but the layer itself is rounded to less than what the adapter has."""
+    """Whether the sum has all the digits of the adapter, so that it is rounded to the layer's in the end, if at all."""
     own, a, made = tensor(layer), tensor(part.a), tensor(add)
     assert own is not None
     assert a is not None

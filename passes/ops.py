@@ -160,6 +160,13 @@ def op_name(node: fx.Node) -> str:
     return str(getattr(target, "__name__", target))
 
 
+def decides(node: fx.Node) -> bool:
+    """Whether all that ``node`` is for is what a router of adapters decides, which belongs to no site."""
+    if op_name(node) == "route_tokens":
+        return True
+    return op_name(node) in CASTS and bool(node.users) and all(map(decides, node.users))
+
+
 def is_add(node: fx.Node) -> bool:
     """True for an out-of-place sum of two graph values."""
     return (

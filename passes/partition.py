@@ -18,7 +18,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from skipc.passes.dataflow import Dataflow
-from skipc.passes.ops import VIEWS, op_name
+from skipc.passes.ops import VIEWS, decides, op_name
 from skipc.passes.residual import Junction
 from torch import fx
 
@@ -27,7 +27,6 @@ from skipc.ir.errors import PassError
 _SCOPE_ENTER = frozenset(
     {"_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting", "_enter_autocast"}
 )
-_DECIDES = frozenset({"route_tokens"})
 _SCOPE_EXIT = frozenset(
     {"_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement_nesting", "_exit_autocast"}
 )
@@ -80,7 +79,7 @@ class Partition:
     def _earliest(self) -> dict[fx.Node, int]:
         earliest: dict[fx.Node, int] = {}
         for node in self.flow.nodes:
-            opens = {} if op_name(node) in _DECIDES else self.opens
+            opens = {} if decides(node) else self.opens
             bounds = [
                 max(earliest[s], opens.get(s, 0)) for s in (*self.flow.sources[node], *self.flow.before.get(node, ()))
             ]
@@ -104,7 +103,7 @@ class Partition:
                 place[node] = self.pins[node]
             elif node in scopes:
                 place[node] = scopes[node]
-            elif node in self.opens or op_name(node) in _DECIDES:
+            elif node in self.opens or decides(node):
                 place[node] = earliest[node]
             else:
                 later = (flow.users[node] | after[node]) - set(floating)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,18 +40,29 @@ class Adapting:
             )
         self._rows, self._bank, self._mode = rows, bank, mode
         self.decision = Decision("unmerged")
+        self._own = True
         self._lease: Lease | None = None
         self._routed: dict[int, Wanted] = {}  # each thread's own, since routers write what tokens want
         self._unused: dict[str, str] = {}  # layers that no call had yet, and an adapter that changes them
 
+    def lent(self) -> Adapting:
+        """The same for a session inside this one, which neither opens nor closes it."""
+        made = copy.copy(self)
+        made._own = False
+        return made
+
     def open(self) -> None:
         """Have the adapters in slots until :meth:`close`."""
+        if not self._own:
+            return
         self._lease = self._bank.lease(self._rows, self._mode)
         self.decision = self._lease.arranged.decision
         self._unused = dict(self._lease.paths)
 
     def close(self) -> None:
         """Let others have the slots."""
+        if not self._own:
+            return
         assert self._lease is not None
         self._lease.release()
         self._lease = None
@@ -74,7 +86,9 @@ class Adapting:
             raise SessionError("the model was compiled with another bank of adapters than this session's")
         if not self._lease.wanted.routed:
             return self._lease.wanted
-        return self._routed.setdefault(threading.get_ident(), self._lease.wanted.copy())
+        if (thread := threading.get_ident()) not in self._routed:
+            self._routed[thread] = self._lease.wanted.copy()
+        return self._routed[thread]
 
     def check(self, program: Program, inputs: Sequence[Any], preset: Plan | None) -> None:
         """Refuse a call that the adapters are not for. ``preset``: the preset's plan, if the call runs under it."""
@@ -83,6 +97,10 @@ class Adapting:
         if preset is not None and paths:
             raise SessionError("the preset's plan was calibrated without adapters: open the session with "
                                "plan=skipc.Plan() to run the whole model")  # fmt: skip
+        if self._lease.wanted.routed and program.partial:
+            raise SessionError(
+                f"a router decides once for all layers, and this model has a graph break: {program.partial}"
+            )
         batch = program.batch(inputs)
         if rows is not None and batch != rows:
             found = batch or "a number of them that cannot be told: give one adapter for all"

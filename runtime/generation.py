@@ -13,7 +13,6 @@ from skipc.runtime import sessions
 from skipc.runtime.replay import Replay
 
 from skipc.ir.errors import PlanError
-from skipc.ir.plan import Plan
 
 log = logging.getLogger("skipc")
 
@@ -81,7 +80,7 @@ class Decoder:
         session = sessions.innermost(self.model)
         if session is not None and session.fills:
             if missing := session.missing:
-                self._run_again(missing, session.plan)
+                self._run_again(missing, session.again())
                 session.filled(missing)
             self.fed[:, self.count] = tokens
             self.count += 1
@@ -90,8 +89,8 @@ class Decoder:
             self.position += 1
         return self.replay.step(watched)[:, -1]
 
-    def _run_again(self, tokens: int, plan: Plan | None) -> None:
-        """Compute the keys and values of the last ``tokens`` with every site running, in the weights of ``plan``."""
+    def _run_again(self, tokens: int, session: sessions.Session) -> None:
+        """Compute the keys and values of the last ``tokens`` under ``session``, with every site running."""
         if any(type(layer).__name__ != "StaticLayer" for layer in self.cache.layers):
             raise PlanError("kv='backfill' needs a cache that holds all tokens; this model's slides")
         end = self.count
@@ -100,7 +99,7 @@ class Decoder:
         start = max(0, end - tokens)
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(start)
-        with sessions.Session(self.model, plan=plan, kv="project"):  # without a policy
+        with session:
             while start < end:
                 some = slice(start, min(start + _CHUNK, end))
                 extra: dict[str, Any] = {}
@@ -280,8 +279,9 @@ def _decoder(
     kept."""
     state = vars(compiled)
     last: Decoder | None = state.get("_decoder")
-    same = last is not None and (last.batch, last.padded) == (batch, padded) and last.model is model
-    if last is not None and same and last.length >= tokens:
+    inference = torch.is_inference_mode_enabled()  # what was made in it nobody outside may write
+    same = last is not None and (last.batch, last.padded, last.token.is_inference()) == (batch, padded, inference)
+    if last is not None and same and last.model is model and last.length >= tokens:
         return last
     object.__setattr__(compiled, "_decoder", None)
     made = Decoder(model, call, batch, cache_length(tokens), padded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -57,15 +58,17 @@ class Mirrors:
 
     def __init__(self, mirrored: Sequence[Mirrored], constants: Sequence[torch.Tensor]):
         self._mirrored, self._constants = tuple(mirrored), list(constants)
+        self._lock = threading.Lock()
         self._of: dict[int, tuple[weakref.ref[torch.Tensor], Mirror]] = {}
 
     def of(self, inputs: Sequence[Any]) -> Mirror:
         """That of the instance whose parameters are in a call, as they are now."""
         parameter = inputs[self._mirrored[0].a]
         key, of = id(parameter), self._of
-        found = of.get(key)
-        if found is None or found[0]() is not parameter:
-            end = weakref.ref(parameter, lambda _: of.pop(key, None))
-            found = of[key] = end, Mirror(self._mirrored, self._constants)
+        with self._lock:
+            found = of.get(key)
+            if found is None or found[0]() is not parameter:
+                end = weakref.ref(parameter, lambda _: of.pop(key, None))
+                found = of[key] = end, Mirror(self._mirrored, self._constants)
         found[1].follow(inputs)
         return found[1]

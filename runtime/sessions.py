@@ -256,6 +256,12 @@ class Session:
         waiting, self._uncounted = self._uncounted, []
         self._counts.update((program, Observation(table, flags).skipped) for program, table, flags in waiting)
 
+    def again(self) -> Session:
+        """A session inside this one for what it has left out: every site runs, in the same weights and adapters."""
+        made = Session(self.model, plan=self.plan, kv="project")
+        made._adapting = self._adapting.lent() if self._adapting is not None else None
+        return made
+
     @property
     def phase(self) -> Phase | None:
         """What policies take calls for: ``prefill``, ``decode``, or None, to let them judge: one token behind others is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from torch import fx
 from skipc.backend import build_outline, config_from, graph_break_of, refusal
 from skipc.dynamo import compile_isolated
 from skipc.ir.config import Config
-from skipc.ir.errors import NoResidualStreamError
+from skipc.ir.errors import AdapterError, NoResidualStreamError
 from skipc.ir.program import ProgramSpec
 from skipc.ir.site import Rejection, Site, SiteReport
 from skipc.passes.base import PassContext
@@ -111,7 +112,8 @@ def _adapters(spec: ProgramSpec, config: Config) -> list[str]:
     lines = [f"  adapters: {bank!r}, {len(spec.adapted)} of its layers here, {len(spec.routed)} for routers"]
     lines += [f"    none for {path}: {why}" for path, why in spec.left.items()]
     if bank.resident:
-        lines.append(f"    {bank.resident[-1]} for all rows, mode 'auto': {bank.explain(bank.resident[-1])}")
+        with contextlib.suppress(AdapterError):  # open sessions have all slots
+            lines.append(f"    {bank.resident[-1]} for all rows, mode 'auto': {bank.explain(bank.resident[-1])}")
     return lines
 
 

@@ -84,6 +84,9 @@ void merge_all(const std::vector<Tensor>& weights, const std::vector<Tensor>& me
   for (size_t i = 0; i < weights.size(); i++) {
     const Tensor& w = weights[i];
     STD_TORCH_CHECK(w.is_contiguous() && merged[i].is_contiguous(), "merge_lora: weights must be contiguous");
+    STD_TORCH_CHECK(merged[i].numel() == w.numel() && merged[i].scalar_type() == w.scalar_type() &&
+                        lora[4 * i]->scalar_type() == w.scalar_type() && w.scalar_type() == weights[0].scalar_type(),
+                    "merge_lora: weights, merged and adapters must be of one dtype, and as many");
     all.push_back({(const T*)w.const_data_ptr(), (T*)merged[i].mutable_data_ptr(), w.size(0), w.size(1),
                    low_of<T>(lora, i), transposed[i], slots, factors});
   }

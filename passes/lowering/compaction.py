@@ -15,6 +15,7 @@ from skipc.passes.token_wise import token_dims
 from torch import fx
 from torch._prims_common import is_contiguous_or_false
 
+from skipc.ir.adapters import WANTED
 from skipc.ir.program import Gather, Queries, Step
 from skipc.ir.site import SiteKind
 
@@ -73,6 +74,8 @@ def queries_of(
     if dims is None or dims[result] != 1:
         return None
     inputs = [n for n in nodes if n.op == "placeholder"]
+    if any(n.name in WANTED for n in inputs):  # of all rows: those that are taken could not tell which they are
+        return None
     tokens = tuple((i, dim) for i, n in enumerate(inputs) if (dim := dims.get(n)) is not None)
     given = [n.meta["example_value"] for n in inputs]
     if not all(is_contiguous_or_false(given[i]) for i, _ in tokens):  # as the rows that are taken of them will be

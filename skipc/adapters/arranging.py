@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from skipc.adapters.adapter import layer_of
-from skipc.adapters.merged import MergedWeights, mergeable, seconds_to_merge
+from skipc.adapters.merged import MergedWeights, seconds_to_merge, unmergeable
 from skipc.adapters.modes import Costs, Decision, Mode, majority, measure, mixture
 from skipc.adapters.slots import Loaded, Wishes, text_of
 from skipc.ir.adapters import AdaptedLayer
@@ -102,7 +102,7 @@ class Arranger:
         """What takes the least time now, and what has to be merged for it. Measures costs when it is called for the
         first time."""
         most = majority(rows)
-        if most is None:
+        if most is None or unmergeable(self._model(), self.layers.values()) is not None:
             return Decision("unmerged"), None
         model, costs, merged = self._model(), self._measured(next(iter(most))), self._merged
         ways: dict[Mode, tuple[float, Mapping[Loaded, float] | None, bool]] = {}
@@ -110,7 +110,7 @@ class Arranger:
         candidates: list[Mapping[Loaded, float]] = [most]
         if merged is not None and merged.content and merged.content.keys() <= {k for row in rows for k in row}:
             candidates.append(merged.content)
-        for content in candidates if mergeable(self.layers.values()) else ():
+        for content in candidates:
             switches = merged is None or not merged.holds(model, content)
             left = mixture(rows, content)
             if (switches and merged is not None and merged.users) or max(map(len, left)) > MOST:

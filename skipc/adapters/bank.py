@@ -228,6 +228,7 @@ class AdapterBank:
         made.table[0] = made.router[0] = 0
         return held, Wanted(*made.tensors)  # another one, although it lies where that of an earlier lease did
 
+    @torch.inference_mode(False)
     def blank(self) -> Wanted:
         """See :class:`skipc.ir.adapters.Bank`."""
         width = max((layer.shape[1] for layer in self.layers.values()), default=0)

@@ -32,9 +32,8 @@ class MergedWeights:
 
     def __init__(self, model: torch.nn.Module, layers: Mapping[str, AdaptedLayer]):
         self._layers = list(layers.values())
-        if not mergeable(self._layers):
-            tied = next(layer for layer in self._layers if len(layer.weights) > 1)
-            raise AdapterError(f"adapters cannot be merged: the weight of {tied.path} is tied to another")
+        if (why := unmergeable(model, self._layers)) is not None:
+            raise AdapterError(f"adapters cannot be merged: {why}")
         own = _own(model, self._layers)
         sizes = {d: sum(aligned(w.numel()) for w in own if w.dtype == d) for d in {w.dtype for w in own}}
         memory = {dtype: zeros(size, dtype) for dtype, size in sizes.items()}
@@ -57,6 +56,9 @@ class MergedWeights:
         """Merge ``content``, which lies in these slots."""
         assert not self.users
         own = _own(model, self._layers)
+        for weight, made in zip(own, self.plan.weights.values(), strict=True):
+            if (weight.shape, weight.dtype) != (made.shape, made.dtype) or not weight.is_contiguous():
+                raise AdapterError("the model's weights have another form than those that the bank was made for")
         self.content = {}
         self.seconds = _merge(
             own, list(self.plan.weights.values()), self._layers, {slots[k]: f for k, f in content.items()}
@@ -64,9 +66,14 @@ class MergedWeights:
         self.content, self._from = dict(content), _state(own)
 
 
-def mergeable(layers: Iterable[AdaptedLayer]) -> bool:
-    """Whether their weights can be replaced alone: none is tied to another."""
-    return all(len(layer.weights) == 1 for layer in layers)
+def unmergeable(model: torch.nn.Module, layers: Iterable[AdaptedLayer]) -> str | None:
+    """Why the weights of layers cannot be replaced by others of their form, if so."""
+    for layer in layers:
+        if len(layer.weights) > 1:
+            return f"the weight of {layer.path} is tied to another"
+        if not layer_of(model, layer.path, "bank")[0].is_contiguous():
+            return f"the weight of {layer.path} is not contiguous"
+    return None
 
 
 def seconds_to_merge(model: torch.nn.Module, layers: Mapping[str, AdaptedLayer], slot: int) -> float:
@@ -93,9 +100,9 @@ def _merge(
 
 
 def _own(model: torch.nn.Module, layers: list[AdaptedLayer]) -> list[torch.Tensor]:
-    return [layer_of(model, layer.path, "bank")[0].detach().contiguous() for layer in layers]
+    return [layer_of(model, layer.path, "bank")[0].detach() for layer in layers]
 
 
 def _state(weights: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is replaced or written."""
+    """Changes when a weight is replaced or written, but not through ``.data`` or in inference mode."""
     return tuple((w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights)

@@ -61,6 +61,7 @@ def targets_of(model: torch.nn.Module, targets: Sequence[str] | None) -> list[st
     return [p for p in linear if p in found]
 
 
+@torch.inference_mode(False)
 def allocated(model: torch.nn.Module, paths: Sequence[str], slots: int, max_rank: int) -> dict[str, AdaptedLayer]:
     """Room for ``slots`` adapters of these layers."""
     names: dict[int, list[str]] = {}

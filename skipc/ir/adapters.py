@@ -10,6 +10,8 @@ import torch
 
 from skipc.kernels.routing import places
 
+WANTED = "adapters_wanted", "adapters_gates", "adapters_router"  # inputs of graphs that say what rows want
+
 
 @dataclass(frozen=True, eq=False)
 class AdaptedLayer:
@@ -66,6 +68,7 @@ class Wanted:
         for mine, theirs, count in zip(self.tensors, other.tensors, (used, used, places(experts, width)), strict=True):
             mine[:count].copy_(theirs[:count])
 
+    @torch.inference_mode(False)
     def copy(self) -> Wanted:
         """The same in tensors of its own."""
         made = Wanted(*map(torch.empty_like, self.tensors))

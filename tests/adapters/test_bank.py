@@ -19,6 +19,7 @@ from skipc.adapters.adapter import Adapter, LoRA
 from tests.adapters.test_adapter import LINEARS, ids, trained
 from tests.harness import STRICT, assert_no_further
 from tests.models.zoo import ZOO
+from tests.runtime.test_backfill import Scheduled
 
 PATH = "model.layers.0.self_attn.q_proj"
 
@@ -489,3 +490,22 @@ def test_rows_that_are_not_those_of_the_batch_are_refused() -> None:
         compiled.session(adapters=["places", None]),
     ):
         compiled(x)
+
+
+def test_tokens_that_run_again_have_their_adapters(llama: Case) -> None:
+    """Under ``kv="backfill"``, beside the same with the adapter merged; and with names by row, and a router."""
+    given, site = ids(2, 5), "model.layers.0.self_attn"
+    router = skipc.AdapterRouter(torch.zeros(1, 64), ["r4"], top_k=1)
+    plan = skipc.merge_adapters(llama.base, Adapter.of(llama.peft["r4"]))
+    cached: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for settings in ({"plan": plan}, {"adapters": "r4"}, {"adapters": ["r4", "r4"]}, {"adapters": router},
+                     {"adapters": "r4", "adapter_mode": "merged"}):  # fmt: skip
+        policy = Scheduled(lambda position: frozenset([site] if position % 4 else []))
+        with llama.compiled.session(policy=policy, kv="backfill", **settings) as session:  # type: ignore[arg-type]
+            text = skipc.generate(llama.compiled, given, max_new_tokens=12)
+        assert session.stats().backfilled > 4
+        layer = vars(llama.compiled)["_decoder"].cache.layers[1]
+        cached.append((text, layer.keys[:, :, : text.shape[1] - 1].clone()))
+    for text, keys in cached[1:]:
+        assert torch.equal(text, cached[0][0])
+        torch.testing.assert_close(keys, cached[0][1], atol=1e-3, rtol=1e-3)

@@ -162,6 +162,25 @@ def test_what_does_not_go_is_refused(llama: Case) -> None:
     assert tied.lease("head", "auto").arranged.decision.mode == "unmerged"
 
 
+def test_weights_of_another_form_are_refused() -> None:
+    base = ZOO["llama"].build()
+    bank = skipc.AdapterBank(base)
+    bank.load("a", made(0))
+    bank.lease("a", "merged").release()
+    base.to(torch.bfloat16)
+    with pytest.raises(skipc.AdapterError, match="another form than those that the bank was made for"):
+        bank.lease("a", "merged")
+    assert not any(loaded.users for loaded in bank._in_slots.values())
+    base = ZOO["llama"].build()
+    weight = base.model.layers[0].self_attn.q_proj.weight
+    weight.data = weight.data.T.contiguous().T
+    bank = skipc.AdapterBank(base)
+    bank.load("a", made(0))
+    with pytest.raises(skipc.AdapterError, match="q_proj is not contiguous"):
+        bank.lease("a", "merged")
+    assert bank.explain("a") == Decision("unmerged")
+
+
 def test_whoever_waits_gets_the_memory() -> None:
     base = ZOO["llama"].build()
     bank = skipc.AdapterBank(base, slots=2, when_full="wait", timeout=30)

@@ -21,6 +21,7 @@ from skipc.adapters.adapter import Adapter, LoRA
 from tests.adapters.test_adapter import ids
 from tests.adapters.test_bank import TRANSPOSED, Case, logits, made
 from tests.harness import assert_no_further
+from tests.models.zoo import ZOO
 
 NAMES = ["r4", "r7", None, "r16"]
 
@@ -292,3 +293,94 @@ def test_native_kernel(shape: tuple[int, int], whole: bool, dtype: torch.dtype) 
         torch.ops.skipc.route_tokens(x, given, torch.zeros(4, dtype=torch.int64), torch.zeros(4))
     given[0] = 0
     torch.ops.skipc.route_tokens(x, given, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+
+
+def test_tokens_that_decide_for_themselves(llama: Case) -> None:
+    """A router and a policy by token, compiled so that attentions could run on some tokens."""
+    given, found = ids(1, 7), []
+    for compact in (False, True):
+        compiled = skipc.compile(llama.base, adapters=llama.bank, compact_queries=compact, on_error="raise")
+        torch.manual_seed(0)
+        sites = {name: torch.nn.Linear(64, 1) for name in ("model.layers.1.self_attn", "model.layers.1.mlp")}
+        with compiled.session(adapters=router(64), policy=skipc.Routed(sites)):
+            found.append(compiled(given, use_cache=False).logits)
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_first_site_is_skipped_and_replaced_as_ever(dtype: torch.dtype) -> None:
+    base, given, site = ZOO["llama"].build().to(dtype), ids(2, 6), "model.layers.0.self_attn"
+    bank = skipc.AdapterBank(base, slots=2)
+    bank.load("q", made(1, paths=("model.layers.1.mlp.down_proj",)))
+    compiled = skipc.compile(base, adapters=bank, fullgraph=True, on_error="raise")
+    plain, ours = (
+        next(s for s in skipc.explain(base, given, config=skipc.Config(**options)).sites if s.name == site)
+        for options in ({}, {"adapters": bank})
+    )
+    assert ours.source == plain.source is not None
+    assert ours.effects == plain.effects
+    half = skipc.Affine(ours.source, torch.full((1,), 0.5), torch.zeros(1))
+    for chosen in (None, router(64, ["q"], top_k=1)):
+        for settings in ({"plan": skipc.Plan(replace={site: half})}, {"skip": {site}, "kv": "none"}):
+            with compiled.session(**settings):
+                expected = compiled(given, use_cache=False).logits
+            if chosen is not None and "plan" not in settings:
+                with compiled.session(adapters=chosen, **settings):
+                    assert not torch.equal(compiled(given, use_cache=False).logits, expected)
+            assert not torch.allclose(expected, compiled(given, use_cache=False).logits, atol=1e-3)
+
+
+def test_sessions_in_inference_mode_leave_nothing_behind(llama: Case) -> None:
+    given, chosen = ids(2, 6), router(64)
+    base = ZOO["llama"].build()
+    with torch.inference_mode():
+        bank = skipc.AdapterBank(base, slots=2)
+        bank.load("q", made(1))
+        compiled = skipc.compile(base, adapters=bank, fullgraph=True, on_error="raise")
+        for wanted, mode in (("q", "unmerged"), ("q", "merged"), (router(64, ["q"], top_k=1), "unmerged")):
+            with compiled.session(adapters=wanted, adapter_mode=mode):
+                skipc.generate(compiled, given, max_new_tokens=3)
+    for wanted, mode in (("q", "unmerged"), ("q", "merged"), (router(64, ["q"], top_k=1), "unmerged")):
+        with compiled.session(adapters=wanted, adapter_mode=mode):
+            skipc.generate(compiled, given, max_new_tokens=3)
+    bank.unload("q")
+    with llama.compiled.session(adapters=chosen):
+        llama.compiled(given)
+
+
+def test_graph_breaks_and_other_streams_are_refused() -> None:
+    class Broken(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.first(x)
+            torch._dynamo.graph_break()
+            return x + self.second(x)
+
+    model = Broken().eval()
+    bank = skipc.AdapterBank(model)
+    bank.load("a", Adapter("a", {"second": LoRA(torch.ones(1, 64), torch.ones(64, 1), 1.0)}))
+    compiled = skipc.compile(model, adapters=bank, on_error="raise")
+    with (
+        pytest.raises(skipc.SessionError, match="once for all layers, and this model has a graph break"),
+        compiled.session(adapters=router(64, ["a"], top_k=1)),
+    ):
+        compiled(torch.randn(2, 3, 64))
+
+    bart = ZOO["bart"].build()
+    path = "model.decoder.layers.0.fc1"
+    bank = skipc.AdapterBank(bart)
+    bank.load(
+        "a",
+        Adapter(
+            "a", {path: LoRA(torch.ones(1, 64), torch.ones(bart.get_parameter(f"{path}.weight").shape[0], 1), 1.0)}
+        ),
+    )
+    compiled = skipc.compile(bart, adapters=bank, on_error="raise")
+    with (
+        pytest.raises(skipc.SessionError, match=f"{path}, which adapter 'a' adds to, does not take the tokens"),
+        compiled.session(adapters=router(64, ["a"], top_k=1)),
+    ):
+        compiled(input_ids=ids(2, 6), decoder_input_ids=ids(2, 6), use_cache=False)
