@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,6 +31,23 @@ from skipc.loading import load_smollm2
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONTEXT, CACHE = 128, 256
+
+
+def base_model(dtype: str, layers: int) -> Any:
+    """SmolLM2, or its first layers."""
+    model, _ = load_smollm2(getattr(torch, dtype))
+    if layers:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+    return model
+
+
+def bank_of(model: Any, adapters: Collection[Adapter], max_rank: int) -> skipc.AdapterBank:
+    """With a slot for each adapter."""
+    bank = skipc.AdapterBank(model, slots=len(adapters), max_rank=max_rank)
+    for adapter in adapters:
+        bank.load(adapter.name, adapter)
+    return bank
 
 
 def with_adapters(base: Any, count: int, rank: int) -> Any:
@@ -169,15 +186,10 @@ def main(
 ) -> None:
     """Compare decode steps with adapters."""
     torch.set_num_threads(threads)
-    model, _ = load_smollm2(getattr(torch, dtype))
-    if layers:
-        model.model.layers = model.model.layers[:layers]
-        model.config.num_hidden_layers = layers
+    model = base_model(dtype, layers)
     peft_model = with_adapters(copy.deepcopy(model), count, rank)
     adapters = {f"a{i}": Adapter.of(peft_model, f"a{i}") for i in range(count)}
-    bank = skipc.AdapterBank(model, slots=count, max_rank=max_rank)
-    for name, adapter in adapters.items():
-        bank.load(name, adapter)
+    bank = bank_of(model, adapters.values(), max_rank)
     rows = [f"a{i % count}" for i in range(batch)]
     load = check_load()
     plain = skipc.compile(model, fullgraph=True, on_error="raise")

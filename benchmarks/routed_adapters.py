@@ -15,14 +15,13 @@ from typing import Any
 
 import click
 import torch
-from adapters import LINEARS, Skipc, Step, report, turns
+from adapters import LINEARS, Skipc, Step, bank_of, base_model, report, turns
 from common import check_load, save
 from torch import nn
 from torch.nn import functional as F
 
 import skipc
 from skipc.adapters.adapter import Adapter, LoRA
-from skipc.loading import load_smollm2
 
 
 class PerLayer(nn.Module):
@@ -121,14 +120,9 @@ def main(
     """Compare decode steps of routed adapters."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model, _ = load_smollm2(getattr(torch, dtype))
-    if layers:
-        model.model.layers = model.model.layers[:layers]
-        model.config.num_hidden_layers = layers
+    model = base_model(dtype, layers)
     adapters = experts(model, count, rank)
-    bank = skipc.AdapterBank(model, slots=count, max_rank=rank)
-    for adapter in adapters:
-        bank.load(adapter.name, adapter)
+    bank = bank_of(model, adapters, rank)
     router = skipc.AdapterRouter(torch.randn(count, model.config.hidden_size), [a.name for a in adapters])
     load = check_load()
     compiled = skipc.compile(model, adapters=bank, fullgraph=True, on_error="raise")

@@ -5,4 +5,6 @@ from __future__ import annotations
 
 import torch
 
+NATIVE = (torch.float32, torch.bfloat16)  # dtypes that the native ones take
+
 library = torch.library.Library("skipc", "DEF")

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from skipc.kernels.library import library
+from skipc.kernels.library import NATIVE, library
 
 PACK = 16  # outputs that lie together in packed matrices
 MOST = 8  # adapters of a row
@@ -174,7 +174,7 @@ def _native(x: torch.Tensor, lora: Lora) -> bool:
     """Whether the CPU kernel takes this: adapters that lie in one memory."""
     memory = lora[0]
     assert memory is not None
-    return x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and memory.dtype == x.dtype and memory.dim() == 1
+    return x.is_cpu and x.dtype in NATIVE and memory.dtype == x.dtype and memory.dim() == 1
 
 
 def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora: Lora) -> torch.Tensor:

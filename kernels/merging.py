@@ -10,8 +10,6 @@ import torch
 from skipc.kernels.library import library
 from skipc.kernels.lora import Lora, matrices
 
-NATIVE = (torch.float32, torch.bfloat16)  # of weights that the CPU kernel takes
-
 library.define(
     "merge_lora(Tensor[] weights, Tensor(a!)[] merged, Tensor?[] lora, bool[] transposed, Tensor slots, "
     "Tensor factors) -> ()"

@@ -8,7 +8,7 @@ product and their squares, from which cosine, ratio of norms, and any mean over 
 from __future__ import annotations
 
 import torch
-from skipc.kernels.library import library
+from skipc.kernels.library import NATIVE, library
 
 from skipc.ir.gating import BATCH_RULES, BatchRule
 
@@ -50,7 +50,7 @@ def moments(before: object, after: object) -> torch.Tensor | None:
         return None
     if before.shape != after.shape:
         after = after.reshape(before.shape)
-    native = before.dtype == after.dtype and before.dtype in (torch.float32, torch.bfloat16)
+    native = before.dtype == after.dtype and before.dtype in NATIVE
     if native and before.is_cpu and before.is_contiguous() and after.is_contiguous():
         return torch.ops.skipc.stream_moments(before, after)  # type: ignore[no-any-return]
     return stream_moments(before, after)

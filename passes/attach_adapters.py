@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from skipc.kernels import native
+from skipc.kernels.library import NATIVE
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import add_input, infer, labels_of, last_input
 from skipc.passes.ops import decides, op_name, same_sizes, tensor
@@ -84,8 +85,7 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> Attache
     flow = Dataflow(gm.graph)
     for junction in streams.junctions:
         for term in junction.terms:
-            branch = flow.between(junction.point, term.value)
-            term.branch = type(branch)(n for n in branch if not decides(n))
+            term.branch = [n for n in flow.between(junction.point, term.value) if not decides(n)]
     return Attached(tuple(layer.path for layer, _, _ in found), left, frozenset(routed))
 
 
@@ -99,7 +99,7 @@ def _route(graph: fx.Graph, streams: Streams, router: fx.Node, wanted: Sequence[
     with graph.inserting_after(last):
         node = graph.call_function(torch.ops.skipc.route_tokens.default, (head, router, *wanted))
     node.meta = {**labels_of(head), "example_value": None}
-    if tokens.dtype not in (torch.float32, torch.bfloat16) or not tokens.is_contiguous():  # which the kernel takes
+    if tokens.dtype not in NATIVE or not tokens.is_contiguous():  # which the kernel takes
         with graph.inserting_before(node):
             for method in ("float", "contiguous"):
                 made = graph.call_method(method, (node.args[0],))

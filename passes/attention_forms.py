@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from skipc.kernels.library import NATIVE
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.ops import argument, op_name, same_sizes, tensor
 from torch import fx
@@ -110,7 +111,7 @@ def _supported(a: Attention) -> bool:
         return False
     if any(t.device.type != "cpu" or t.dtype != q.dtype for t in (q, k, v)):
         return False
-    if q.dtype not in (torch.float32, torch.bfloat16) or k.stride(-1) != 1 or v.stride(-1) != 1:
+    if q.dtype not in NATIVE or k.stride(-1) != 1 or v.stride(-1) != 1:
         return False
     if not all(isinstance(n, int) for t in (q, k, v) for n in (t.shape[1], t.shape[3])):
         return False

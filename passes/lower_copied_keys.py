@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from skipc.kernels.library import NATIVE
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import infer, labels_of
@@ -80,7 +81,7 @@ def _are_caches(graph: fx.Graph, nodes: list[fx.Node]) -> bool:
             t is not None
             and t.device.type == "cpu"
             and t.dim() == 4
-            and t.dtype == first.dtype in (torch.float32, torch.bfloat16)
+            and t.dtype == first.dtype in NATIVE
             and t.shape[:2] == first.shape[:2]
             and all(isinstance(n, int) for n in (*t.shape[:2], t.shape[3]))
             and t.stride(3) == 1

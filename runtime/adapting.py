@@ -43,6 +43,7 @@ class Adapting:
         self._own = True
         self._lease: Lease | None = None
         self._routed: dict[int, Wanted] = {}  # each thread's own, since routers write what tokens want
+        self._checked: set[Program] = set()
         self._unused: dict[str, str] = {}  # layers that no call had yet, and an adapter that changes them
 
     def lent(self) -> Adapting:
@@ -58,6 +59,7 @@ class Adapting:
         self._lease = self._bank.lease(self._rows, self._mode)
         self.decision = self._lease.arranged.decision
         self._unused = dict(self._lease.paths)
+        self._checked.clear()
 
     def close(self) -> None:
         """Let others have the slots."""
@@ -93,25 +95,29 @@ class Adapting:
     def check(self, program: Program, inputs: Sequence[Any], preset: Plan | None) -> None:
         """Refuse a call that the adapters are not for. ``preset``: the preset's plan, if the call runs under it."""
         assert self._lease is not None
-        paths, rows = self._lease.paths, self._lease.rows
-        if preset is not None and paths:
+        rows = self._lease.rows
+        if preset is not None and self._lease.paths:
             raise SessionError("the preset's plan was calibrated without adapters: open the session with "
                                "plan=skipc.Plan() to run the whole model")  # fmt: skip
-        if self._lease.wanted.routed and program.partial:
-            raise SessionError(
-                f"a router decides once for all layers, and this model has a graph break: {program.partial}"
-            )
         batch = program.batch(inputs)
         if rows is not None and batch != rows:
             found = batch or "a number of them that cannot be told: give one adapter for all"
             raise SessionError(f"the session has adapters for {rows} rows, and the call has {found}")
+        if program not in self._checked:
+            self._check_layers(self._lease, program)
+            self._checked.add(program)
+
+    def _check_layers(self, lease: Lease, program: Program) -> None:
+        paths, used = lease.paths, set(program.spec.adapted)
         if lost := paths.keys() & program.spec.left.keys():
             path = min(lost)
             raise PlanError(f"{program.spec.left[path]}, which adapter {paths[path]!r} adds to")
-        used = set(program.spec.adapted)
-        if self._lease.wanted.routed and (other := paths.keys() & used - program.spec.routed):
+        if lease.wanted.routed and program.partial:
+            raise SessionError(
+                f"a router decides once for all layers, and this model has a graph break: {program.partial}"
+            )
+        if lease.wanted.routed and (other := paths.keys() & used - program.spec.routed):
             path = min(other)
             raise SessionError(f"{path}, which adapter {paths[path]!r} adds to, does not take the tokens that the "
                                "router decides for")  # fmt: skip
-        if self._unused:
-            self._unused = {path: name for path, name in self._unused.items() if path not in used}
+        self._unused = {path: name for path, name in self._unused.items() if path not in used}

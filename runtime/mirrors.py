@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from skipc.kernels.library import NATIVE
 from skipc.kernels.lora import pack_lora
 from skipc.kernels.memory import zeros
 
 from skipc.ir.adapters import Mirrored
-
-_NATIVE = (torch.float32, torch.bfloat16)
 
 
 class Mirror:
@@ -46,7 +45,7 @@ class Mirror:
         through ``.data``, as in PEFT's hot swap, leave no trace.)"""
         for memory, adapters, places in self._by_memory.values():
             first, second = [inputs[m.a] for m in adapters], [inputs[m.b] for m in adapters]
-            plain = memory.dtype in _NATIVE and all(v.dtype in _NATIVE and v.is_contiguous() for v in (*first, *second))
+            plain = memory.dtype in NATIVE and all(v.dtype in NATIVE and v.is_contiguous() for v in (*first, *second))
             (torch.ops.skipc.pack_lora if plain else pack_lora)(first, second, memory, places)
         for place, i in self._scales:
             place.copy_(inputs[i])

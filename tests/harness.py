@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -160,6 +161,13 @@ def unlike_in_padding() -> list[dict[str, torch.Tensor]]:
         mask[0, 5:], text[0, 5:] = 0, padding
         made.append({"input_ids": text, "attention_mask": mask})
     return made
+
+
+def in_threads(function: Callable[[Any], object], arguments: Sequence[Any]) -> None:
+    """Call ``function`` with each argument, all at the same time. What a call raises is raised here."""
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        for call in [pool.submit(function, argument) for argument in arguments]:
+            call.result()
 
 
 def run_regions_uncompiled(monkeypatch: Any) -> None:

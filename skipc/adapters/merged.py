@@ -12,8 +12,9 @@ from skipc.adapters.adapter import layer_of
 from skipc.ir.adapters import AdaptedLayer
 from skipc.ir.errors import AdapterError
 from skipc.ir.plan import Plan
+from skipc.kernels.library import NATIVE
 from skipc.kernels.memory import aligned, zeros
-from skipc.kernels.merging import NATIVE, merge_lora
+from skipc.kernels.merging import merge_lora
 
 _SAMPLED = 8  # of so many layers one is timed, for a guess
 

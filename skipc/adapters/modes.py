@@ -19,7 +19,7 @@ import torch
 
 from skipc.ir.adapters import AdaptedLayer
 from skipc.kernels import native
-from skipc.kernels.merging import NATIVE
+from skipc.kernels.library import NATIVE
 
 Mode = Literal["unmerged", "merged", "mixture", "auto"]
 Key = TypeVar("Key", bound=Hashable)

@@ -17,7 +17,7 @@ from skipc.runtime.generation import Decoder
 import skipc
 from skipc.adapters.adapter import Adapter, LoRA
 from tests.adapters.test_adapter import LINEARS, ids, trained
-from tests.harness import STRICT, assert_no_further
+from tests.harness import STRICT, assert_no_further, in_threads
 from tests.models.zoo import ZOO
 from tests.runtime.test_backfill import Scheduled
 
@@ -201,11 +201,7 @@ def test_threads_never_mix(llama: Case) -> None:
                     if not torch.equal(llama.compiled(given).logits, expected[name]):
                         wrong.append(name)
 
-    threads = [threading.Thread(target=requests, args=(name,)) for name in names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(requests, names)
     assert not wrong
 
 

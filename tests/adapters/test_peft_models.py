@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from pathlib import Path
 
 import peft
@@ -13,7 +12,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 
 import skipc
 from tests.adapters.test_adapter import ids, trained
-from tests.harness import STRICT, assert_no_further
+from tests.harness import STRICT, assert_no_further, in_threads
 from tests.models.zoo import ZOO
 
 MLP = "base_model.model.model.layers.1.mlp"
@@ -166,11 +165,7 @@ def test_adapters_that_are_written_or_replaced_are_seen() -> None:
                 if not torch.allclose(compiled[i](given).logits, expected, atol=1e-3):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=calls, args=(i,)) for i in (0, 1, 0)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(calls, (0, 1, 0))
     assert not wrong
 
 

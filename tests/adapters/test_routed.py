@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import skipc
 from skipc.adapters.adapter import Adapter, LoRA
 from tests.adapters.test_adapter import ids
 from tests.adapters.test_bank import TRANSPOSED, Case, logits, made
-from tests.harness import assert_no_further
+from tests.harness import assert_no_further, in_threads
 from tests.models.zoo import ZOO
 
 NAMES = ["r4", "r7", None, "r16"]
@@ -162,11 +161,7 @@ def test_threads_of_one_session_do_not_mix(llama: Case) -> None:
                     if not torch.allclose(llama.compiled(wanted[tokens]).logits, expected[tokens], atol=1e-4):
                         wrong.append(tokens)
 
-        threads = [threading.Thread(target=session.bind(calls), args=(tokens,)) for tokens in wanted]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(session.bind(calls), list(wanted))
     assert not wrong
 
 
