@@ -34,9 +34,19 @@ def cache_dir() -> Path:
 
 
 def available() -> str | None:
-    """None once the native kernels are loaded, building them if need be; else why they cannot be used."""
+    """None once the native kernels are loaded, building them if need be, and follow the tables of this CPU; else why they
+    cannot be used.
+
+    Raises:
+        ConfigError: for a table that is broken, naming its file.
+    """
+    from skipc.kernels.products import use_tables  # which asks for the name of this CPU
+
     with _lock:
-        return _load()
+        reason = _load()
+        if reason is None:
+            use_tables()
+        return reason
 
 
 @functools.cache
@@ -65,7 +75,8 @@ def _built(compiler: str) -> Path:
     """The library for this machine, built now if it is not in the cache."""
     flags = [*_FLAGS, f"-DTORCH_TARGET_VERSION=0x{_torch_version():016x}"]
     if "g++" in Path(compiler).name:
-        flags.append("-mprefer-vector-width=512")
+        # Tuned for some CPUs, it fuses multiplying and adding in some loops and not in others, which round differently.
+        flags += ["-mprefer-vector-width=512", "--param", "avoid-fma-max-bits=0"]
     target = cache_dir() / f"skipc_cpu_{_fingerprint(compiler, flags)}.so"
     if target.exists():
         return target
@@ -97,6 +108,12 @@ def _fingerprint(compiler: str, flags: list[str]) -> str:
     sources = [p.read_text() for p in sorted(_SOURCES.iterdir()) if p.suffix in (".h", ".cpp")]
     parts = [version, *flags, _cpu(), torch.__version__, *sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def cpu_fingerprint() -> str:
+    """A short name of this CPU."""
+    return hashlib.sha256(_cpu().encode()).hexdigest()[:12]
 
 
 def _cpu() -> str:

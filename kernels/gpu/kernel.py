@@ -1,0 +1,191 @@
+"""What a Triton kernel is to the rest of skipc, and the one place that launches them.
+
+A launch goes one of three ways, by where its tensors are. On a GPU it runs. On the ``meta`` device nothing runs: what
+would have been launched is noted, so that counting launches and compiling for machines that are not at hand need neither
+a GPU nor memory, and a wrapper that waited for the device would fail. On the CPU, inside :func:`simulated`, Triton's
+interpreter runs it, which tests compare with the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from skipc.kernels.tables import Choice, choose
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A kernel and what may be tuned about it.
+
+    Attributes:
+        function: of ``triton.jit``.
+        sizes: names of the numbers by which rows of a table choose, such as ``rows``; see :mod:`skipc.kernels.tables`.
+        space: the constants of the kernel that a table sets, ``warps`` and ``stages`` among them, each with the values
+            that a tuner may try.
+        default: what an unknown device gets: compiles everywhere.
+        helpers: functions of ``triton.jit`` that it calls.
+        fits: whether a tuner should try these constants for these sizes.
+    """
+
+    name: str
+    function: Any
+    sizes: tuple[str, ...]
+    space: Mapping[str, tuple[int, ...]]
+    default: Choice
+    helpers: tuple[Any, ...] = ()
+    fits: Callable[[Mapping[str, int], Choice], bool] = lambda sizes, choice: True
+
+    @functools.cached_property
+    def source(self) -> str:
+        """A hash of its code, by which a table knows whether it was made for this kernel."""
+        text = "\0".join(inspect.getsource(f.fn) for f in (self.function, *self.helpers))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was made, or would have been.
+
+    Attributes:
+        kernel: what was launched.
+        grid: how many programs.
+        arguments: of the kernel, by name, constants included.
+        sizes: what its constants were chosen by.
+        choice: the constants.
+        moved: bytes that it must read and write, each once.
+        operations: floating-point operations.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    choice: Choice
+    moved: int
+    operations: int
+
+
+@dataclass
+class _Mode:
+    arch: str | None = None  # of a device that is not there
+    interprets: bool = False
+    log: list[Launch] | None = None
+    forced: Mapping[str, Choice] = field(default_factory=dict)
+
+
+_mode: ContextVar[_Mode] = ContextVar("mode", default=_Mode())  # noqa: B039
+
+
+@contextmanager
+def _with(**changes: Any) -> Iterator[_Mode]:
+    before = _mode.get()
+    token = _mode.set(_Mode(**{**vars(before), **changes}))
+    try:
+        yield _mode.get()
+    finally:
+        _mode.reset(token)
+
+
+@contextmanager
+def recorded(arch: str = "sm_90") -> Iterator[list[Launch]]:
+    """Launches are in the list, in order. ``arch``: what tensors of the ``meta`` device are taken to be on."""
+    log: list[Launch] = []
+    with _with(log=log, arch=_mode.get().arch or arch):
+        yield log
+
+
+@contextmanager
+def simulated(arch: str = "sm_90") -> Iterator[None]:
+    """Tensors on the CPU are taken to be on a GPU, and Triton's interpreter runs the kernels."""
+    with _with(interprets=True, arch=arch):
+        yield
+
+
+@contextmanager
+def forced(choices: Mapping[str, Choice]) -> Iterator[None]:
+    """Kernels of these names are compiled so, whatever tables say."""
+    with _with(forced={**_mode.get().forced, **choices}):
+        yield
+
+
+def simulating() -> bool:
+    """Whether tensors on the CPU are taken to be on a GPU."""
+    return _mode.get().interprets
+
+
+def on_gpu(t: torch.Tensor) -> bool:
+    """Whether kernels take tensors where ``t`` is."""
+    return t.is_cuda or t.is_meta or (t.is_cpu and simulating())
+
+
+@functools.cache
+def _arch_of(index: int) -> str:
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def arch_of(t: torch.Tensor) -> str:
+    """The architecture that ``t`` is on, as in the name of a table."""
+    return _arch_of(t.device.index or 0) if t.is_cuda else _mode.get().arch or "sm_90"
+
+
+@functools.cache
+def units_of(arch: str) -> int:
+    """How many multiprocessors a device of ``arch`` has (of the one at hand, if it is such a one)."""
+    if torch.cuda.is_available() and _arch_of(torch.cuda.current_device()) == arch:
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
+    return {"sm_80": 108, "sm_90": 132, "gfx942": 304}.get(arch, 64)
+
+
+def pick(kernel: Kernel, t: torch.Tensor, **sizes: int) -> Choice:
+    """The constants of ``kernel`` for these sizes on the device of ``t``."""
+    given = _mode.get().forced.get(kernel.name)
+    if given is not None:
+        return given
+    return choose(kernel.name, kernel.source, kernel.default, arch_of(t), tuple(sizes.items()))
+
+
+def launch(
+    kernel: Kernel,
+    choice: Choice,
+    grid: Sequence[int],
+    arguments: Mapping[str, Any],
+    *,
+    sizes: Mapping[str, int],
+    moved: int,
+    operations: int = 0,
+) -> None:
+    """Launch ``kernel`` with ``arguments`` and the constants of ``choice``.
+
+    Raises:
+        RuntimeError: for tensors on a device that no kernel runs on.
+    """
+    if 0 in grid:
+        return
+    tensors = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
+    mode = _mode.get()
+    given = {**arguments, **choice.constants}
+    if mode.log is not None:
+        mode.log.append(Launch(kernel, tuple(grid), given, dict(sizes), choice, moved, operations))
+    device = tensors[0].device
+    if device.type == "meta":
+        return
+    if device.type == "cpu":
+        if not mode.interprets:
+            raise RuntimeError(f"{kernel.name} is a GPU kernel, and its tensors are on the CPU")
+        from skipc.kernels.gpu import interpreting
+
+        interpreting.run(kernel.function, grid, given)
+        return
+    with torch.cuda.device(device):
+        kernel.function[tuple(grid)](**given, num_warps=choice.warps, num_stages=choice.stages)
