@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from skipc.kernels import native
+from skipc.kernels.device import on_gpu
 from skipc.kernels.library import library
 
 _STRETCH = 512  # queries of a long prompt that are looked at together
@@ -48,11 +49,11 @@ def attention_reference(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.flatten(1, 2)
-    keys = torch.arange(k.shape[2])
+    keys = torch.arange(k.shape[2], device=q.device)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if causal:
-        scores = scores.masked_fill(keys > torch.arange(q.shape[2])[:, None], -torch.inf)
+        scores = scores.masked_fill(keys > torch.arange(q.shape[2], device=q.device)[:, None], -torch.inf)
     if live is not None:
         outside = (keys < live[:, :1]) | (keys >= live[:, 1:])
         scores = scores.masked_fill(outside[:, None, None], -torch.inf)
@@ -71,11 +72,14 @@ def grouped_attention(
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """The same for any number of queries: the native kernel for few, torch's own, on the live keys, for many."""
+    """The same for any number of queries: a kernel of skipc's for few, torch's own, on the live keys, for many. (On a
+    GPU on all keys: which are live, the host would have to wait for.)"""
     queries = q.shape[2]
-    if q.shape[1] // k.shape[1] * queries <= MAX_ROWS and native.available() is None:
+    if q.shape[1] // k.shape[1] * queries <= MAX_ROWS and (on_gpu(q) or native.available() is None):
         out: torch.Tensor = torch.ops.skipc.decode_attention(q, k, v, mask, live, causal, scale, softcap)
         return out
+    if on_gpu(q):
+        return attend(q, k, v, mask, causal, scale, softcap)
     if live is not None:
         k, v, mask = _narrowed(live, k, v, mask)
     each = mask is not None and mask.dim() == 4 and mask.shape[2] == queries  # has the mask a row for each query?

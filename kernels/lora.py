@@ -22,10 +22,13 @@ nothing at all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from skipc.kernels.device import on_gpu
 from skipc.kernels.library import NATIVE, library
 
 PACK = 16  # outputs that lie together in packed matrices
@@ -36,6 +39,7 @@ Lora = Sequence[torch.Tensor | None]
 
 library.define("lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor?[] lora) -> Tensor")
 library.define("add_lora(Tensor(a!) out, Tensor x, Tensor?[] lora) -> ()")
+library.define("add_adapters(Tensor(a!)[] outs, Tensor x, Tensor?[] lora) -> ()")
 library.define("pack_lora(Tensor[] a, Tensor[] b, Tensor(a!) memory, int[] places) -> ()")
 
 
@@ -170,6 +174,45 @@ def _(out: torch.Tensor, x: torch.Tensor, lora: Lora) -> None:
     add_lora(out.view(-1, out.shape[-1]), x, lora)
 
 
+_nobody: ContextVar[bool] = ContextVar("nobody", default=False)
+
+
+@contextmanager
+def nobody_wants_adapters() -> Iterator[None]:
+    """Tables need not be read: they say so. Steps that are captured in here have no launch for adapters."""
+    token = _nobody.set(True)
+    try:
+        yield
+    finally:
+        _nobody.reset(token)
+
+
+def adapters_wanted() -> bool:
+    """Whether anybody may want some."""
+    return not _nobody.get()
+
+
+def add_adapters(outs: Sequence[torch.Tensor], x: torch.Tensor, lora: Lora) -> None:
+    """Add to each of ``outs``, in place, what rows of ``x`` want of the layer that made it: on a GPU, one launch for
+    three layers.
+
+    Args:
+        outs: ``[..., n_i]`` each, the results of layers that share their input; contiguous.
+        x: ``[..., k]``, contiguous.
+        lora: adapters of these layers.
+    """
+    for i, out in enumerate(outs):
+        add_lora(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), lora, i)
+
+
+library.impl("add_adapters", add_adapters, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("skipc::add_adapters")
+def _(*_: object) -> None:
+    return None
+
+
 def _native(x: torch.Tensor, lora: Lora) -> bool:
     """Whether the CPU kernel takes this: adapters that lie in one memory."""
     memory = lora[0]
@@ -192,7 +235,9 @@ def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         RuntimeError: if the table is for another number of rows.
     """
     out, rows = F.linear(x, weight, bias), x.reshape(-1, x.shape[-1])
-    if _native(rows, lora):
+    if on_gpu(x):
+        torch.ops.skipc.add_adapters([out], rows.contiguous(), lora)
+    elif _native(rows, lora):
         torch.ops.skipc.add_lora(out, rows.contiguous(), lora)
     else:
         add_lora(out.view(-1, out.shape[-1]), rows, lora)

@@ -15,11 +15,12 @@ def aligned(count: int) -> int:
     return count + -count % 32
 
 
-def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros whose memory the system gives when they are written, in huge pages: most banks are never full."""
-    if count * dtype.itemsize < _PAGE:
+def zeros(count: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """Zeros. On the CPU the system gives their memory when they are written, in huge pages: most banks are never
+    full."""
+    if count * dtype.itemsize < _PAGE or (device is not None and device.type != "cpu"):
         with torch.inference_mode(False):  # else nobody outside it could write them
-            return torch.zeros(count, dtype=dtype)
+            return torch.zeros(count, dtype=dtype, device=device)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory, which is the default, gets no huge pages
     memory = mmap.mmap(-1, count * dtype.itemsize + _PAGE, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):

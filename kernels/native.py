@@ -34,8 +34,8 @@ def cache_dir() -> Path:
 
 
 def available() -> str | None:
-    """None once the native kernels are loaded, building them if need be, and follow the tables of this CPU; else why they
-    cannot be used.
+    """None once the native kernels are loaded, building them if need be, and follow the tables of this CPU; else why
+    they cannot be used.
 
     Raises:
         ConfigError: for a table that is broken, naming its file.

@@ -1,10 +1,10 @@
-"""Tables of constants for kernels: which tile sizes a kernel is compiled with, for which sizes of its operands, on which
-device.
+"""Tables of constants for kernels: which tile sizes a kernel is compiled with, for which sizes of its operands, on
+which device.
 
-A table is a JSON file named after the device's architecture (``sm_90.json``), or after a CPU. Those that come with skipc
-lie in ``configs/`` beside this file; ``skipc autotune`` writes others to ``SKIPC_TABLES`` (default: ``tables`` in the
-folder of :func:`skipc.kernels.native.cache_dir`), and these go first. For each kernel it has the hash of the code that
-it was made for, and rows in order::
+A table is a JSON file named after the device's architecture (``sm_90.json``), or after a CPU. Those that come with
+skipc lie in ``configs/`` beside this file; ``skipc autotune`` writes others to ``SKIPC_TABLES`` (default: ``tables`` in
+the folder of :func:`skipc.kernels.native.cache_dir`), and these go first. For each kernel it has the hash of the code
+that it was made for, and rows in order::
 
     {"format": 1, "arch": "sm_90", "kernels": {"lora_rows": {"source": "0123456789ab", "rows": [
         {"when": {"k": [1, 2048]}, "constants": {"BLOCK_N": 64, "BLOCK_K": 256}, "warps": 4, "stages": 2},

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from skipc.kernels import native
-from skipc.kernels.library import NATIVE
+from skipc.kernels.device import on_cpu, on_gpu
+from skipc.kernels.library import NATIVE, TRITON
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import add_input, infer, labels_of, last_input
 from skipc.passes.ops import decides, op_name, same_sizes, tensor
@@ -56,7 +57,8 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> Attache
     found = list(_layers_in(gm.graph, bank.layers.values()))
     if not found:
         return Attached()
-    native.available()  # which the operations put in here run on, if it is
+    if on_cpu(found[0][0].memory):
+        native.available()  # which the operations put in here run on, if it is
     inputs: dict[int, fx.Node] = {}
     for value in operands_of(layer for layer, _, _ in found):
         inputs[id(value)] = add_input(gm.graph, f"adapters_{len(inputs)}", value)
@@ -99,7 +101,9 @@ def _route(graph: fx.Graph, streams: Streams, router: fx.Node, wanted: Sequence[
     with graph.inserting_after(last):
         node = graph.call_function(torch.ops.skipc.route_tokens.default, (head, router, *wanted))
     node.meta = {**labels_of(head), "example_value": None}
-    if tokens.dtype not in NATIVE or not tokens.is_contiguous():  # which the kernel takes
+    if (
+        tokens.dtype not in (TRITON if on_gpu(tokens) else NATIVE) or not tokens.is_contiguous()
+    ):  # which the kernel takes
         with graph.inserting_before(node):
             for method in ("float", "contiguous"):
                 made = graph.call_method(method, (node.args[0],))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from skipc.kernels.library import NATIVE
+from skipc.kernels.device import on_cpu, on_gpu
+from skipc.kernels.library import NATIVE, TRITON
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.ops import argument, op_name, same_sizes, tensor
 from torch import fx
@@ -109,9 +110,11 @@ def _supported(a: Attention) -> bool:
     q, k, v = tensor(a.query), tensor(a.key), tensor(a.value)
     if q is None or k is None or v is None or not q.dim() == k.dim() == v.dim() == 4:
         return False
-    if any(t.device.type != "cpu" or t.dtype != q.dtype for t in (q, k, v)):
+    if any(t.device != q.device or t.dtype != q.dtype for t in (q, k, v)):
         return False
-    if q.dtype not in NATIVE or k.stride(-1) != 1 or v.stride(-1) != 1:
+    if not (on_cpu(q) and q.dtype in NATIVE) and not (on_gpu(q) and q.dtype in TRITON):
+        return False
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
         return False
     if not all(isinstance(n, int) for t in (q, k, v) for n in (t.shape[1], t.shape[3])):
         return False

@@ -40,7 +40,7 @@ class FuseLora(Pass):
 
     Leaves alone: rows with adapters of their own, biases of the second matrix, adapters narrower than the layer, more
     than 8 adapters of a layer, scales that Dynamo has as numbers among inputs since they differed between models of one
-    class, devices but the CPU.
+    class, devices but CPUs and GPUs.
     """
 
     name = "fuse_lora"
@@ -112,7 +112,9 @@ def _part(change: Any, layer: fx.Node, flow: Dataflow) -> _Part | None:
     x = tensor(layer.args[0])
     if weight is None or a is None or b is None or x is None or x.dtype != weight.dtype or a.dtype != b.dtype:
         return None
-    if any(v.device.type != "cpu" for v in (x, weight, a, b)) or not weight.is_contiguous():
+    if any(v.device != weight.device for v in (x, a, b)) or not weight.is_contiguous():
+        return None
+    if weight.device.type not in ("cpu", "cuda"):
         return None
     if b.shape[0] != weight.shape[0] or a.shape[0] >= min(weight.shape):  # else no low-rank map
         return None
@@ -192,13 +194,15 @@ def _rewrite(graph: fx.Graph, layers: list[tuple[fx.Node, _Adapted]]) -> list[Mi
     slots = max(len(adapted.parts) for _, adapted in layers)
     sizes: dict[torch.dtype, int] = {}
     planned = [_plan(made, adapted, slots, sizes) for made, adapted in layers]
-    memory = {dtype: zeros(size, dtype) for dtype, size in sizes.items()}
+    device = tensor(layers[0][1].layer.args[1]).device  # type: ignore[union-attr]
+    memory = {dtype: zeros(size, dtype, device) for dtype, size in sizes.items()}
     constants: dict[Any, fx.Node] = {}
 
     def constant(value: torch.Tensor) -> fx.Node:
         """An input of this value, one for all small ones that are equal."""
         key = id(value) if len(value) > 64 else (value.dtype, value.shape, *value.flatten().tolist())
         if key not in constants:
+            value = value.to(device)
             constants[key] = add_input(graph, f"lora_constant_{len(constants)}", value, value)
         return constants[key]
 
@@ -207,7 +211,7 @@ def _rewrite(graph: fx.Graph, layers: list[tuple[fx.Node, _Adapted]]) -> list[Mi
     for layer in planned:
         parts, (x, weight) = layer.adapted.parts, layer.adapted.layer.args[:2]
         numbers = [0.0 if isinstance(part.scale, fx.Node) else float(part.scale) for part in parts]
-        scales = torch.tensor([*numbers, *[0.0] * (slots - len(parts))])
+        scales = torch.tensor([*numbers, *[0.0] * (slots - len(parts))], device=device)
         first = parts[0]
         if layer.direct:
             operands = [first.a, first.b, constant(layer.where)]

@@ -1,18 +1,19 @@
-"""Call the native kernel for attention of a few queries."""
+"""Call skipc's own kernel for attention of a few queries."""
 
 from __future__ import annotations
 
 import torch
 from skipc.kernels import native
 from skipc.kernels.attention import MAX_ROWS
+from skipc.kernels.device import on_cpu
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.ops import tensor
 from torch import fx
 
 
 class LowerAttention(Pass):
-    """Turn grouped attention of a known, small number of queries into the native kernel. It reads each key once for
-    all queries that share it.
+    """Turn grouped attention of a known, small number of queries into the native kernel, or the one for GPUs. It reads
+    each key once for all queries that share it.
 
     Before::
 
@@ -31,7 +32,7 @@ class LowerAttention(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         every = [n for n in gm.graph.nodes if n.target is torch.ops.skipc.grouped_attention.default]
         nodes = [n for n in every if _small(n)]
-        reason = native.available() if nodes else None
+        reason = native.available() if any(on_cpu(tensor(n)) for n in nodes) else None  # type: ignore[arg-type]
         if every and not nodes:
             reason = f"torch's attention for more than {MAX_ROWS} queries of a key head, or a number not known yet"
         if reason is not None:

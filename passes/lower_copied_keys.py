@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from skipc.kernels.device import on_cpu
 from skipc.kernels.library import NATIVE
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
@@ -79,7 +80,7 @@ def _are_caches(graph: fx.Graph, nodes: list[fx.Node]) -> bool:
         and len(storages) == len(nodes)
         and all(
             t is not None
-            and t.device.type == "cpu"
+            and on_cpu(t)
             and t.dim() == 4
             and t.dtype == first.dtype in NATIVE
             and t.shape[:2] == first.shape[:2]

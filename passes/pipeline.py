@@ -8,6 +8,7 @@ from skipc.passes.find_sites import FindSites
 from skipc.passes.fold_grouped_queries import FoldGroupedQueries
 from skipc.passes.functionalize_inplace import FunctionalizeInplace
 from skipc.passes.fuse_lora import FuseLora
+from skipc.passes.group_adapters import GroupAdapters
 from skipc.passes.hoist_slices import HoistSlices
 from skipc.passes.lower_attention import LowerAttention
 from skipc.passes.lower_attention_block import LowerAttentionBlock
@@ -36,4 +37,5 @@ REGION_PIPELINE: tuple[type[Pass], ...] = (
     LowerLinears,  # by region: what is grouped into one call is what that region needs
     LowerAttentionBlock,  # behind these: it joins what they made
     LowerCopiedKeys,
+    GroupAdapters,
 )

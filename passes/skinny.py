@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from skipc.kernels.device import on_cpu
 from skipc.kernels.linear import MAX_ROWS
 from skipc.kernels.lora import OPERANDS
 from skipc.passes.dataflow import Dataflow
@@ -47,7 +48,7 @@ def native_rows(node: Any) -> Any:
     x, w, b = tensor(node.args[0]), tensor(node.args[1]), tensor(bias_of(node))
     if x is None or w is None or (bias_of(node) is not None and b is None):
         return None
-    if any(t.device.type != "cpu" or t.dtype != x.dtype for t in (x, w, b) if t is not None):
+    if any(not on_cpu(t) or t.dtype != x.dtype for t in (x, w, b) if t is not None):
         return None
     if x.dtype not in MAX_ROWS or w.dim() != 2 or x.dim() < 1 or w.stride(1) != 1:
         return None

@@ -40,7 +40,7 @@ class Adapting:
             )
         self._rows, self._bank, self._mode = rows, bank, mode
         self.decision = Decision("unmerged")
-        self._own = True
+        self._own, self._by_router = True, False
         self._lease: Lease | None = None
         self._routed: dict[int, Wanted] = {}  # each thread's own, since routers write what tokens want
         self._checked: set[Program] = set()
@@ -58,6 +58,7 @@ class Adapting:
             return
         self._lease = self._bank.lease(self._rows, self._mode)
         self.decision = self._lease.arranged.decision
+        self._by_router = self._lease.wanted.routed
         self._unused = dict(self._lease.paths)
         self._checked.clear()
 
@@ -86,7 +87,7 @@ class Adapting:
         assert self._lease is not None
         if program.bank is not self._bank:
             raise SessionError("the model was compiled with another bank of adapters than this session's")
-        if not self._lease.wanted.routed:
+        if not self._by_router:
             return self._lease.wanted
         if (thread := threading.get_ident()) not in self._routed:
             self._routed[thread] = self._lease.wanted.copy()
@@ -112,11 +113,11 @@ class Adapting:
         if lost := paths.keys() & program.spec.left.keys():
             path = min(lost)
             raise PlanError(f"{program.spec.left[path]}, which adapter {paths[path]!r} adds to")
-        if lease.wanted.routed and program.partial:
+        if self._by_router and program.partial:
             raise SessionError(
                 f"a router decides once for all layers, and this model has a graph break: {program.partial}"
             )
-        if lease.wanted.routed and (other := paths.keys() & used - program.spec.routed):
+        if self._by_router and (other := paths.keys() & used - program.spec.routed):
             path = min(other)
             raise SessionError(f"{path}, which adapter {paths[path]!r} adds to, does not take the tokens that the "
                                "router decides for")  # fmt: skip

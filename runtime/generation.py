@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from skipc.kernels.device import on_gpu
 from skipc.runtime import sessions
 from skipc.runtime.replay import Replay
 
@@ -87,7 +88,8 @@ class Decoder:
         self.token.copy_(tokens[:, None])
         if self.padded:
             self.position += 1
-        return self.replay.step(watched)[:, -1]
+        logits = self.replay.step(watched)[:, -1]
+        return logits.clone() if on_gpu(logits) else logits  # a graph writes where it wrote before
 
     def _run_again(self, tokens: int, session: sessions.Session) -> None:
         """Compute the keys and values of the last ``tokens`` under ``session``, with every site running."""

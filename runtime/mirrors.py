@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from skipc.kernels.device import on_cpu
 from skipc.kernels.library import NATIVE
 from skipc.kernels.lora import pack_lora
 from skipc.kernels.memory import zeros
@@ -28,7 +29,7 @@ class Mirror:
         for m in mirrored:
             for value in (m.memory, m.scales):
                 if id(value) not in own:
-                    own[id(value)] = zeros(len(value), value.dtype)
+                    own[id(value)] = zeros(len(value), value.dtype, value.device)
         self.constants = [own.get(id(value), value) for value in constants]
         self._by_memory: dict[int, tuple[torch.Tensor, list[Mirrored], list[int]]] = {}
         self._scales = []  # that are inputs
@@ -45,7 +46,11 @@ class Mirror:
         through ``.data``, as in PEFT's hot swap, leave no trace.)"""
         for memory, adapters, places in self._by_memory.values():
             first, second = [inputs[m.a] for m in adapters], [inputs[m.b] for m in adapters]
-            plain = memory.dtype in NATIVE and all(v.dtype in NATIVE and v.is_contiguous() for v in (*first, *second))
+            plain = (
+                memory.dtype in NATIVE
+                and on_cpu(memory)
+                and all(v.dtype in NATIVE and v.is_contiguous() for v in (*first, *second))
+            )
             (torch.ops.skipc.pack_lora if plain else pack_lora)(first, second, memory, places)
         for place, i in self._scales:
             place.copy_(inputs[i])

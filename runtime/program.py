@@ -7,10 +7,13 @@ import linecache
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from skipc.kernels.device import on_simulated_gpu
+from skipc.kernels.lora import nobody_wants_adapters
 from skipc.kernels.similarity import stream_similarity
 from skipc.runtime import sessions
 from skipc.runtime.chaining import Chain, chains_of, gated_chains_of
@@ -26,6 +29,9 @@ from skipc.ir.adapters import Bank, Wanted, operands_of
 from skipc.ir.errors import PassError, PlanError
 from skipc.ir.plan import Plan
 from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Size, Step, Var
+
+if TYPE_CHECKING:
+    from skipc.runtime.graphs import Graphs
 
 _MAX_BOUND = 256  # plans that a program keeps ready
 _serial = itertools.count()
@@ -65,12 +71,14 @@ class Program:
         compile_for: CompileFor | None = None,
         bank: Bank | None = None,
         constants: Sequence[torch.Tensor] = (),
+        graphs: bool = True,
     ):
         self.spec = spec
         self.functions = tuple(functions)
         self.default_kv = default_kv
         self.partial = partial  # why this graph is not the whole model, if so
         self.huge_pages = huge_pages
+        self.graphs = graphs
         self.bank = bank if spec.adapted else None
         layers = bank.layers if bank is not None else {}
         self._constants = list(constants)  # inputs behind those of a call, and then what the bank holds
@@ -158,6 +166,15 @@ class Program:
         """The program on inputs of a call that stay."""
         wanted = self.bank.blank() if self.bank is not None else None
         return Repeated(self, self._with(inputs, wanted), wanted)
+
+    def graphs_of(self, inputs: Sequence[Any]) -> Graphs | None:
+        """For graphs of this program on inputs that stay, if it is to be captured."""
+        first = next((t for t in inputs if isinstance(t, torch.Tensor)), None)
+        if not self.graphs or first is None or not (first.is_cuda or on_simulated_gpu(first)):
+            return None
+        from skipc.runtime.graphs import Graphs  # imports Triton
+
+        return Graphs(inputs)
 
     def parameters_of(self, inputs: Sequence[Any]) -> list[int]:
         """Identities of the parameters and buffers in a call: which instance of the model it is."""
@@ -329,14 +346,14 @@ class Repeated:
         self._steps: dict[Selection, BoundProgram] = {}
         self._under: weakref.WeakKeyDictionary[Plan, dict[KVPolicy, Repeated]] = weakref.WeakKeyDictionary()
         self._checked: set[Selection] = set()  # plans that have looked at the inputs since they may have changed
+        self.graphs = program.graphs_of(inputs)
+        self._idle = True  # nobody wants adapters
 
     def __call__(self, trusted: bool) -> tuple[Any, ...]:
         """The next outputs. ``trusted``: no code that could have moved or resized an input has run since the last."""
         if not trusted:
             self.program.follow(self.inputs)
-            self._checked.clear()
-            for other in (r for by_kv in self._under.values() for r in by_kv.values()):
-                other._checked.clear()
+            self._distrust()
         session = sessions.session_for(self._parameters) if sessions.any_open() else None
         if self._wanted is not None:
             self._choose(session.wanted_of(self.program) if session is not None else None)
@@ -353,8 +370,9 @@ class Repeated:
         assert self._wanted is not None
         assert self.program.bank is not None
         if want is not self._want:
-            self._wanted.become(want or self.program.bank.nobody)
-            self._want = want
+            want_now = want or self.program.bank.nobody
+            self._wanted.become(want_now)
+            self._want, self._idle = want, want_now.idle
 
     def under(self, plan: Plan, kv: KVPolicy) -> Repeated:
         """The same for the weights and replacements of a plan; see :meth:`Variants.under`."""
@@ -362,7 +380,16 @@ class Repeated:
         if kv not in made:
             program, inputs = self.program.variants.under(plan, self.inputs, kv)
             made[kv] = Repeated(program, inputs)
+        made[kv]._idle = self._idle
         return made[kv]
+
+    def _distrust(self) -> None:
+        """Inputs may have moved."""
+        self._checked.clear()
+        if self.graphs is not None:
+            self.graphs.check()
+        for other in (r for by_kv in self._under.values() for r in by_kv.values()):
+            other._distrust()
 
     def run(self, how: Arms | GatedCall) -> tuple[Any, ...]:
         program, selection = self.program, _selection(how)
@@ -375,7 +402,14 @@ class Repeated:
             self._steps[selection] = program.bound(selection, self.inputs)
             return outputs
         trusted = selection in self._checked
-        outputs = step(trusted, how) if isinstance(how, GatedCall) else step(trusted)
+        if isinstance(how, GatedCall):
+            outputs = step(trusted, how)
+        elif self.graphs is not None:
+            idle = self._idle and program.bank is not None
+            with nobody_wants_adapters() if idle else nullcontext():
+                outputs = self.graphs((selection, idle), lambda: step(trusted))
+        else:
+            outputs = step(trusted)
         self._checked.add(selection)
         return outputs if how is program.exact else program.unshared(self.inputs, outputs)
 

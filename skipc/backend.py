@@ -164,6 +164,7 @@ def build_program(gm: fx.GraphModule, config: Config, replaced: Replaced = _NONE
             compile_for,
             config.adapters,
             outline.constants,
+            config.graphs,
         )
     # What stays with Inductor as a whole keeps to torch's own operations: no kernels for regions.
     outline, manager = build_outline(gm, config, region_passes=())

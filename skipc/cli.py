@@ -154,6 +154,55 @@ def bench(
         path.write_text(json.dumps(record, indent=1))
 
 
+@main.command()
+@click.option(
+    "--model", help=f"Tune for the linear layers of a model. {_MODEL} By default, for layers of common widths."
+)
+@click.option("--dtype", "dtypes", type=click.Choice(["float32", "bfloat16"]), multiple=True,
+              default=["float32", "bfloat16"], show_default=True, help="Of the weights; may be repeated.")  # fmt: skip
+@click.option("--rows", multiple=True, default=["1,2,4,8"], show_default=True,
+              help="Tokens of a call, all sequences together, as in 1,2,4.")  # fmt: skip
+@click.option("--shape", "shapes", multiple=True, metavar="K,N",
+              help="A layer of K inputs and N outputs; several that share them: K,N+N+N. May be repeated.")  # fmt: skip
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--seconds", default=600.0, show_default=True, help="Begin no shape later than this; go on another time.")
+@click.option("--again", is_flag=True, help="Measure what the table has already, too.")
+@click.option("--threads", type=int, help="Threads of torch; a table is for so many.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the figures here.")
+def autotune(
+    model: str | None, dtypes: tuple[str, ...], rows: tuple[str, ...], shapes: tuple[str, ...], device: str,
+    seconds: float, again: bool, threads: int | None, path: Path | None,
+) -> None:  # fmt: skip
+    """Measure which constants of kernels are best on this machine, and keep them in a table that kernels read.
+
+    CPU kernels give the same bits with all of them. Results are kept after each shape, so an interrupted run goes on
+    where it was; shapes that the table has are not measured again. Nothing else should run meanwhile.
+    """
+    import torch
+
+    from skipc.autotune_command import autotune as run
+    from skipc.autotune_command import layers_named, layers_spelled
+    from skipc.ir.errors import SkipcError
+    from skipc.tunable import COMMON, Work
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        layers = layers_spelled(shapes) + (layers_named(model) if model else ()) or COMMON
+        counts = sorted({int(n) for text in rows for n in text.split(",")})
+        if counts[0] < 1:
+            raise ValueError(f"rows must be positive, not {counts[0]}")
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    try:
+        work = Work(layers, tuple(getattr(torch, dtype) for dtype in dtypes), tuple(counts))
+        record = run(device, work, again=again, seconds=seconds)
+    except SkipcError as error:
+        raise click.ClickException(str(error)) from error
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1))
+
+
 def _load(model: str, dtype: Any = None) -> tuple[Any, Any]:
     import torch
 

@@ -29,14 +29,32 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     transformers = _needed("transformers", "skipc[hf]")
     transformers.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-    causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or [])
-    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    model = kind.from_pretrained(name, local_files_only=True, dtype=dtype)
+    model = _kind_of(config).from_pretrained(name, local_files_only=True, dtype=dtype)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
         tokenizer = None  # only texts need it
     return model.eval(), tokenizer
+
+
+def load_outline(name: str) -> Any:
+    """A model without weights, on the ``meta`` device where it can be had: what layers it has is all there is to see.
+
+    Args:
+        name: as of :func:`load_model`, which says what it raises.
+    """
+    if name in PACKAGED or not Path(name).is_dir():
+        return load_model(name)[0]
+    transformers = _needed("transformers", "skipc[hf]")
+    config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+    with torch.device("meta"):
+        return _kind_of(config).from_config(config).eval()
+
+
+def _kind_of(config: Any) -> Any:
+    transformers = _needed("transformers", "skipc[hf]")
+    causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or [])
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

@@ -93,6 +93,8 @@ struct AttentionBlock {
         keys(keys), values(values), places(position),
         attention(heads_of(B, Q, total, keys, values, out), {causal, float(scale), float(softcap)}, keys, values, mask, live),
         wanted(lora) {
+    tune(this->projections, B * Q, K);
+    if (out.has_value()) tune(this->output, B * Q, out->size(1));
     bridge = std::max(place_bridges(this->projections, B * Q), place_bridges(this->output, B * Q));
   }
 

@@ -11,6 +11,13 @@ struct Part {
   const T *w, *b;
   int64_t stride, first, count;
   Low<T> low;
+  Product<T> product = nullptr;  // see `tune`
+
+  // sums[r * BLOCK + n]: x times `count` weights from `row` on.
+  void multiply(const float* x, int64_t R, int64_t K, int64_t row, int64_t count, float* sums) const {
+    const T* at = w + row * stride;
+    count == BLOCK ? product(x, R, K, at, stride, sums) : block<T>(count, x, R, K, at, stride, sums);
+  }
 };
 
 // `lora`: for each weight from `at` on its adapters' operands, or None four times;
@@ -27,6 +34,14 @@ std::vector<Part<T>> parts_of(const std::vector<Tensor>& weights, const std::vec
     first += w.size(0);
   }
   return parts;
+}
+
+// Has parts multiply in the way that is best for R rows and all their weights together.
+template <typename T>
+void tune(std::vector<Part<T>>& parts, int64_t R, int64_t K) {
+  if (parts.empty()) return;
+  const Product<T> product = product_for<T>(R, K, parts.back().first + parts.back().count);
+  for (Part<T>& p : parts) p.product = product;
 }
 
 // Gives each part its place in the bridge; how much room all take.
@@ -53,7 +68,7 @@ void linears(const float* x, int64_t R, int64_t K, const std::vector<Part<T>>& p
       const int64_t n = std::max(begin, p.first), count = std::min(begin + size, p.first + p.count) - n;
       if (count <= 0) continue;
       const int64_t row = n - p.first;
-      block<T>(count, x, R, K, p.w + row * p.stride, p.stride, sums.data());
+      p.multiply(x, R, K, row, count, sums.data());
       if (adapted && p.low.a) expand(p.low, R, row, count, wanted, bridge, sums.data());
       for (int64_t r = 0; r < R; r++)
         for (int64_t i = 0; i < count; i++) {
@@ -81,6 +96,7 @@ struct Linears {
       : R(rows), K(weights[0].size(1)), norm(pointer<T>(norm)), eps(eps), parts(parts_of<T>(weights, biases, lora)),
         wanted(lora) {
     N = parts.back().first + parts.back().count;
+    tune(parts, R, K);
     bridge = place_bridges(parts, R);
   }
 
@@ -136,6 +152,8 @@ struct GatedMLP {
       entry[1].low.row = inner;
       entry[1].low.own = false;
     }
+    tune(entry, R, K);
+    tune(exit, R, inner);
     bridge = std::max(place_bridges(entry, R), place_bridges(exit, R));
   }
 
@@ -150,7 +168,7 @@ struct GatedMLP {
     std::vector<float> a(R * BLOCK + W), b(R * BLOCK + W);  // read by whole vectors
     const bool adapted = shrink<T>(rows.data(), R, K, entry, wanted, between);
     const auto product = [&](const Part<T>& p, int64_t n, int64_t count, float* sums) {
-      block<T>(count, rows.data(), R, K, p.w + n * p.stride, p.stride, sums);
+      p.multiply(rows.data(), R, K, n, count, sums);
       if (adapted && p.low.a) expand(p.low, R, n, count, wanted, between, sums);
     };
     share(inner, [&](int64_t n, int64_t count) {

@@ -62,21 +62,28 @@ std::vector<float> prepare(const T* rows, int64_t R, int64_t K, const T* norm, d
   return x;
 }
 
-// How far ahead of reading weights are called into the second-level cache: that far, rows of any length follow each
+// How weights are read, unless a table says otherwise (see product_for). All ways give the same bits.
+//
+// How many bytes ahead of reading weights are called into the second-level cache: that far, rows of any length follow each
 // other, and the few places that the first level has for lines under way stay free. A fifth faster than what hardware
 // does by itself.
 constexpr int64_t AHEAD = 8192;
+// How many weight rows go together with one row of x: more would read from as many places in a page at once, which memory
+// dislikes.
+constexpr int PAIR = 2;
+// And with several: wider tiles would spill.
+constexpr int HALF = 4;
 
 // out[r * NB + n]: NB weight rows times RB rows of x. Every output sees the same operations in the same order, whatever
-// NB and RB are, so a row's result does not depend on its company.
-template <typename T, int NB, int RB, bool FIRST>
+// NB and RB are, so a row's result does not depend on its company. FAR: how many bytes ahead weights are called; 0: not.
+template <typename T, int NB, int RB, int64_t FAR>
 inline void tile(const float* x, int64_t K, const T* w, int64_t stride, float* out, int64_t ldo) {
   vec acc[RB][NB] = {};
   int64_t k = 0;
   for (; k + STEP<T> <= K; k += STEP<T>)
     for (int n = 0; n < NB; n++) {
       const T* at = w + n * stride + k;
-      if (FIRST) fetch((const char*)at + AHEAD);
+      if constexpr (FAR > 0) fetch((const char*)at + FAR);
       for (int r = 0; r < RB; r++) multiply(acc[r][n], at, x + r * K + k);
     }
   float total[RB * NB];
@@ -91,29 +98,36 @@ inline void tile(const float* x, int64_t K, const T* w, int64_t stride, float* o
 
 constexpr int BLOCK = W;  // weight rows a task takes
 
+// out[r * BLOCK + n]: one row of x times NB rows of w.
+template <typename T, int NB, int64_t FAR = AHEAD, int TOGETHER = PAIR>
+inline void block_of_one(const float* x, int64_t K, const T* w, int64_t stride, float* out) {
+  constexpr int N = std::min(NB, TOGETHER);
+  for (int n = 0; n < NB; n += N) tile<T, N, 1, FAR>(x, K, w + n * stride, stride, out + n, BLOCK);
+}
+
 // out[r * BLOCK + n]: all R rows of x times NB rows of w, which stay in the first-level cache after the first tile.
-template <typename T, int NB>
-inline void block(const float* x, int64_t R, int64_t K, const T* w, int64_t stride, float* out) {
-  if (R == 1) {
-    constexpr int PAIR = NB > 1 ? 2 : 1;  // more would read from as many places in a page at once, which memory dislikes
-    for (int n = 0; n < NB; n += PAIR) tile<T, PAIR, 1, true>(x, K, w + n * stride, stride, out + n, BLOCK);
-    return;
-  }
-  constexpr int HALF = NB > 4 ? 4 : NB;  // wider tiles would spill
-  for (int n = 0; n < NB; n += HALF) {
+template <typename T, int NB, int64_t FAR = AHEAD, int TOGETHER = HALF>
+inline void block_of_several(const float* x, int64_t R, int64_t K, const T* w, int64_t stride, float* out) {
+  constexpr int N = std::min(NB, TOGETHER);
+  for (int n = 0; n < NB; n += N) {
     const T* wn = w + n * stride;
     float* to = out + n;
     int64_t r = 0;
     if (R >= 4) {
-      tile<T, HALF, 4, true>(x, K, wn, stride, to, BLOCK);
-      for (r = 4; r + 4 <= R; r += 4) tile<T, HALF, 4, false>(x + r * K, K, wn, stride, to + r * BLOCK, BLOCK);
+      tile<T, N, 4, FAR>(x, K, wn, stride, to, BLOCK);
+      for (r = 4; r + 4 <= R; r += 4) tile<T, N, 4, 0>(x + r * K, K, wn, stride, to + r * BLOCK, BLOCK);
     }
     switch (R - r) {
-      case 3: tile<T, HALF, 3, true>(x + r * K, K, wn, stride, to + r * BLOCK, BLOCK); break;
-      case 2: tile<T, HALF, 2, true>(x + r * K, K, wn, stride, to + r * BLOCK, BLOCK); break;
-      case 1: tile<T, HALF, 1, true>(x + r * K, K, wn, stride, to + r * BLOCK, BLOCK); break;
+      case 3: tile<T, N, 3, FAR>(x + r * K, K, wn, stride, to + r * BLOCK, BLOCK); break;
+      case 2: tile<T, N, 2, FAR>(x + r * K, K, wn, stride, to + r * BLOCK, BLOCK); break;
+      case 1: tile<T, N, 1, FAR>(x + r * K, K, wn, stride, to + r * BLOCK, BLOCK); break;
     }
   }
+}
+
+template <typename T, int NB>
+inline void block(const float* x, int64_t R, int64_t K, const T* w, int64_t stride, float* out) {
+  R == 1 ? block_of_one<T, NB>(x, K, w, stride, out) : block_of_several<T, NB>(x, R, K, w, stride, out);
 }
 
 template <typename T>
@@ -121,6 +135,15 @@ inline void block(int64_t count, const float* x, int64_t R, int64_t K, const T* 
   if (count == BLOCK) return block<T, BLOCK>(x, R, K, w, stride, out);
   for (int64_t n = 0; n < count; n++) block<T, 1>(x, R, K, w + n * stride, stride, out + n);
 }
+
+// What `block` does for BLOCK rows of w, in one of several ways.
+template <typename T>
+using Product = void (*)(const float* x, int64_t R, int64_t K, const T* w, int64_t stride, float* out);
+
+// The way in which R rows of x are best multiplied by weights of N rows and K columns: what tune_products was told, else
+// as `block` does it. Asked once for each kernel, not at each block.
+template <typename T>
+Product<T> product_for(int64_t R, int64_t K, int64_t N);
 
 // Calls `body(first, count)` for the blocks of [0, total) that are this thread's: a stretch, so that it reads memory in
 // order. (Leaving a quarter to whoever is done first costs more than waiting for the slower core.)

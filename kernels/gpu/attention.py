@@ -1,9 +1,10 @@
 """Attention over the live part of a cache, in one launch. Semantics: :mod:`skipc.kernels.attention`.
 
-The queries of all heads that share a key head, token by token, are the rows of a tile, so that a key is read once for all
-of them. A program goes through keys block by block, with the softmax made as it goes (FlashAttention, arXiv 2205.14135
-and 2307.08691). Few rows leave most of a GPU idle, so ``SPLIT`` programs share the live keys of a tile, and the one that
-is ready last adds up what they found, in the order of the keys whoever it is (flash-decoding, of the same authors).
+The queries of all heads that share a key head, token by token, are the rows of a tile, so that a key is read once for
+all of them. A program goes through keys block by block, with the softmax made as it goes (FlashAttention, arXiv
+2205.14135 and 2307.08691). Few rows leave most of a GPU idle, so ``SPLIT`` programs share the live keys of a tile, and
+the one that is ready last adds up what they found, in the order of the keys whoever it is (flash-decoding, of the same
+authors).
 
 How many programs there are depends on the room in the cache alone. What is live is read on the device: a block of keys
 goes to a program by its place among the live ones, and keys that are not live are never read.
@@ -25,7 +26,7 @@ from skipc.kernels.gpu.workspace import COUNTERS, counters
 from skipc.kernels.tables import Choice
 
 FEW = 64  # rows of a key head up to which a call is taken for one of decoding
-BLOCK_BYTES = 32 << 10  # of keys and values in a block, at most: two such blocks are what the smallest devices hold
+OPERANDS = 32 << 10  # bytes of keys and values in a block, at most, and as many of queries and results
 ALIGNED = 16  # places in a mask at whose multiples blocks begin
 
 
@@ -42,7 +43,14 @@ def tanh(x):
 @triton.jit
 def power_of(score, most):
     """``exp(score - most)``, and 0 for -inf whatever ``most``."""
-    return tl.exp2((score - tl.where(most == -float("inf"), 0.0, most)) * 1.4426950408889634)
+    return tl.exp2((score - tl.maximum(most, -3.4028234663852886e38)) * 1.4426950408889634)
+
+
+@triton.jit
+def hidden(beyond):
+    """-inf for positive integers, else 0. (Comparing them needs more of the few registers that AMD has for
+    conditions.)"""
+    return tl.maximum(beyond, 0).to(tl.float32) * 3e38 * -3e38
 
 
 @triton.jit
@@ -62,8 +70,9 @@ def attention(
     batch = (tile // tiles // key_heads).to(tl.int64)
     first_row = tile % tiles * BLOCK_M
     row = first_row + tl.arange(0, BLOCK_M)
-    token, head = row // groups, key_head * groups + row % groups
     there = row < rows
+    row = tl.minimum(row, rows - 1)  # those behind the last are computed like it, and go nowhere
+    token, head = row // groups, key_head * groups + row % groups
     at_k, at_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
 
     start, stop = 0, keys
@@ -79,12 +88,14 @@ def attention(
 
     queries = tl.load(
         q + batch * q_batch + token.to(tl.int64)[:, None] * q_token + head[:, None] * q_head + (at_k * q_at)[None, :],
-        mask=there[:, None] & (at_k < K_DIM)[None, :], other=0.0,
+        mask=(at_k < K_DIM)[None, :], other=0.0,
     )  # fmt: skip
     if WIDEN:
         queries = queries.to(tl.float32)
-    k += batch * k_batch + key_head.to(tl.int64) * k_head
-    v += batch * v_batch + key_head.to(tl.int64) * v_head
+    k += batch * k_batch + key_head.to(tl.int64) * k_head + begin.to(tl.int64) * k_key
+    v += batch * v_batch + key_head.to(tl.int64) * v_head + begin.to(tl.int64) * v_key
+    places_k = (at_k * k_at)[:, None] + (tl.arange(0, BLOCK_N) * k_key)[None, :]
+    places_v = (tl.arange(0, BLOCK_N) * v_key)[:, None] + (at_v * v_at)[None, :]
     if mask is not None:
         mask += batch * mask_batch
         mask_rows = mask + token.to(tl.int64) * mask_token + head.to(tl.int64) * mask_head
@@ -96,13 +107,12 @@ def attention(
         block = tl.multiple_of(block, ALIGNED)
         key = block + tl.arange(0, BLOCK_N)
         seen = (key >= start) & (key < stop)
-        wide = key.to(tl.int64)
         block_k = tl.load(
-            k + (at_k * k_at)[:, None] + (wide * k_key)[None, :],
+            k + places_k,
             mask=(at_k < K_DIM)[:, None] & seen[None, :], other=0.0,
         )  # fmt: skip
         block_v = tl.load(
-            v + (wide * v_key)[:, None] + (at_v * v_at)[None, :],
+            v + places_v,
             mask=seen[:, None] & (at_v < V_DIM)[None, :], other=0.0,
         )  # fmt: skip
         if WIDEN:
@@ -110,22 +120,23 @@ def attention(
         scores = tl.dot(queries, block_k, input_precision="ieee") * scale
         if CAPPED:
             scores = softcap * tanh(scores / softcap)
-        allowed = there[:, None] & seen[None, :]
-        if CAUSAL:
-            allowed = allowed & (key[None, :] <= token[:, None])
         if mask is not None:
-            given = tl.load(mask_rows[:, None] + (key * mask_key)[None, :], mask=allowed, other=0)
+            given = tl.load(mask_rows[:, None] + (key * mask_key)[None, :], mask=seen[None, :], other=0)
             if mask.dtype.element_ty == tl.int1:
-                allowed = allowed & given
+                scores = tl.where(given, scores, -float("inf"))
             else:
                 scores += given.to(tl.float32)
-        scores = tl.where(allowed, scores, -float("inf"))
+        scores += hidden(tl.maximum(start - key, key - stop + 1))[None, :]
+        if CAUSAL:
+            scores += hidden(key[None, :] - token[:, None])
         now = tl.maximum(most, tl.max(scores, 1))
         weights = power_of(scores, now[:, None])
         kept = power_of(most, now)
         total = total * kept + tl.sum(weights, 1)
         found = tl.dot(weights.to(block_v.dtype), block_v, found * kept[:, None], input_precision="ieee")
         most = now
+        k += BLOCK_N * k_key
+        v += BLOCK_N * v_key
 
     ready = SPLIT == 1
     inside = there[:, None] & (at_v < V_DIM)[None, :]
@@ -159,7 +170,7 @@ def attention(
 
 
 _SIZES = ("keys", "rows", "heads", "dim", "bits")
-_HELPERS = (tanh, power_of, is_last, rounded)
+_HELPERS = (tanh, power_of, hidden, is_last, rounded)
 DECODE = Kernel(
     "decode_attention", attention, _SIZES,
     {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64, 128), "SPLIT": (1, 2, 4, 8, 16, 32, 64),
@@ -169,23 +180,25 @@ DECODE = Kernel(
 PREFILL = Kernel(
     "prefill_attention", attention, _SIZES,
     {"BLOCK_M": (32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "SPLIT": (1, 2), "warps": (4, 8), "stages": (1, 2, 3)},
-    Choice(constants={"BLOCK_M": 64, "BLOCK_N": 64, "SPLIT": 1}, warps=4, stages=2), _HELPERS,
+    Choice(constants={"BLOCK_M": 64, "BLOCK_N": 32, "SPLIT": 1}, warps=4, stages=2), _HELPERS,
 )  # fmt: skip
 
 
 @functools.lru_cache(1024)
-def _fitted(choice: Choice, rows: int, keys: int, width: int, tiles_of: int) -> Choice:
-    """``choice`` without what these sizes have no use for.
+def _fitted(choice: Choice, rows: int, keys: int, width: int, wide: bool, heads: int) -> Choice:
+    """``choice`` without what these sizes have no use or no room for.
 
     Args:
-        width: bytes of a key and its value.
-        tiles_of: how many key heads there are in all rows of the batch.
+        width: bytes of a key and its value, a power of two.
+        wide: whether they are fp32.
+        heads: key heads in all rows of the batch.
     """
-    most = max(16, triton.next_power_of_2(BLOCK_BYTES // width + 1) // 2)
-    block_m = min(choice.constants["BLOCK_M"], max(16, triton.next_power_of_2(rows)))
-    block_n = min(choice.constants["BLOCK_N"], most, max(16, triton.next_power_of_2(keys)))
+    most_m = OPERANDS // width
+    most_n = most_m // 2 if wide else most_m  # whose products, on NVIDIA, have their operands in registers
+    block_m = min(choice.constants["BLOCK_M"], max(16, min(most_m, triton.next_power_of_2(rows))))
+    block_n = min(choice.constants["BLOCK_N"], max(16, min(most_n, triton.next_power_of_2(keys))))
     split = min(choice.constants["SPLIT"], triton.next_power_of_2(max(triton.cdiv(keys, block_n), 1)))
-    if tiles_of * triton.cdiv(rows, block_m) > COUNTERS - 2:  # more than there can be counters for
+    if heads * triton.cdiv(rows, block_m) > COUNTERS - 2:  # more than there can be counters for
         split = 1
     constants = {**choice.constants, "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split}
     return Choice(constants=constants, warps=choice.warps, stages=choice.stages)
@@ -212,9 +225,10 @@ def decode_attention(
     rows = groups * tokens
     out = torch.empty(batch, tokens, heads, v_dim, dtype=q.dtype, device=q.device)
     block_k, block_v = (max(16, triton.next_power_of_2(dim)) for dim in (k_dim, v_dim))
+    width = triton.next_power_of_2(size * (block_k + block_v))
     kernel = DECODE if rows <= FEW else PREFILL
     sizes = {"keys": keys, "rows": rows, "heads": batch * key_heads, "dim": max(k_dim, v_dim), "bits": 8 * size}
-    choice = _fitted(pick(kernel, q, **sizes), rows, keys, size * (block_k + block_v), batch * key_heads)
+    choice = _fitted(pick(kernel, q, **sizes), rows, keys, width, size == 4, batch * key_heads)
     block_m, split = choice.constants["BLOCK_M"], choice.constants["SPLIT"]
     programs = batch * key_heads * triton.cdiv(rows, block_m) * split
     given: dict[str, Any] = {}
@@ -248,23 +262,19 @@ def decode_attention(
 def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls as models make them, on the ``meta`` device."""
 
-    def call(batch: int, heads: int, key_heads: int, tokens: int, keys: int, dim: int, how: str) -> torch.Tensor:
+    def call(heads: int, key_heads: int, dim: int, batch: int, tokens: int, keys: int, how: str) -> torch.Tensor:
         made = functools.partial(torch.empty, device="meta")
         q = made(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
         k, v = (made(batch, key_heads, keys, dim, dtype=dtype) for _ in range(2))
-        mask = (
-            None
-            if how in ("causal", "capped")
-            else made(batch, 1, tokens, keys, dtype=torch.bool if how == "boolean" else dtype)
-        )
+        kind = {"boolean": torch.bool, "additive": dtype}.get(how)
+        mask = None if kind is None else made(batch, 1, tokens, keys, dtype=kind)
         live = None if how == "causal" else made(batch, 2, dtype=torch.int64)
         return decode_attention(q, k, v, mask, live, how == "causal", dim**-0.5, 50.0 if how == "capped" else 0.0)
 
-    for name, *sizes in (("smollm2", 9, 3, 2048, 64), ("llama", 32, 8, 8192, 128)):
-        heads, key_heads, cache, dim = sizes
+    models = {"SmolLM2-135M": (9, 3, 64, 2048), "Llama-3-8B": (32, 8, 128, 8192), "Gemma-2-2B": (8, 4, 256, 4096)}
+    for name, (*heads, cache) in models.items():
         for batch in (1, 8):
             for how in ("boolean", "additive", "capped"):
-                yield f"{name} {batch} {how}", functools.partial(call, batch, heads, key_heads, 1, cache, dim, how)
-            prompt = functools.partial(call, batch, heads, key_heads, 512)
-            yield f"{name} {batch} prompt", functools.partial(prompt, cache, dim, "boolean")
-            yield f"{name} {batch} causal", functools.partial(prompt, 512, dim, "causal")
+                yield f"{name}, {batch} rows, {how}", functools.partial(call, *heads, batch, 1, cache, how)
+            yield f"{name}, {batch} prompts, boolean", functools.partial(call, *heads, batch, 512, cache, "boolean")
+            yield f"{name}, {batch} prompts, causal", functools.partial(call, *heads, batch, 512, 512, "causal")

@@ -1,10 +1,10 @@
 """Kernels under Triton's interpreter, in a process that also compiles them. The only module that knows its internals
 (Triton 3.9).
 
-Triton decides when a kernel is defined whether it will be interpreted, by ``TRITON_INTERPRET``, and its own library with
-it. Here, modules of kernels are loaded a second time instead. What the interpreter changes about ``triton.language`` is
-changed once for each launch and put back behind it (3.9 changes it at each call of a function by a kernel, and leaves it so).
-"""
+Triton decides when a kernel is defined whether it will be interpreted, by ``TRITON_INTERPRET``, and its own library
+with it. Here, modules of kernels are loaded a second time instead. What the interpreter changes about
+``triton.language`` is changed once for each launch and put back behind it (3.9 changes it at each call of a function by
+a kernel, and leaves it so)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _interpreting() -> Iterator[None]:
     with mock.patch.multiple(tl, **own):
         scope = interpreter._patch_lang(both)
         try:
-            with mock.patch.object(interpreter, "_patch_lang", lambda fn: nothing):
+            with mock.patch.object(interpreter, "_patch_lang", return_value=nothing):
                 yield
         finally:
             scope.restore()

@@ -1,10 +1,9 @@
 """What a Triton kernel is to the rest of skipc, and the one place that launches them.
 
 A launch goes one of three ways, by where its tensors are. On a GPU it runs. On the ``meta`` device nothing runs: what
-would have been launched is noted, so that counting launches and compiling for machines that are not at hand need neither
-a GPU nor memory, and a wrapper that waited for the device would fail. On the CPU, inside :func:`simulated`, Triton's
-interpreter runs it, which tests compare with the reference.
-"""
+would have been launched is noted, so that counting launches and compiling for machines that are not at hand need
+neither a GPU nor memory, and a wrapper that waited for the device would fail. On the CPU, inside :func:`simulated`,
+Triton's interpreter runs it, which tests compare with the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from skipc.kernels.device import on_gpu, simulated, simulated_arch, simulating
 from skipc.kernels.tables import Choice, choose
+
+__all__ = ["Kernel", "Launch", "forced", "launch", "on_gpu", "pick", "recorded", "simulated", "simulating"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +77,7 @@ class Launch:
 
 @dataclass
 class _Mode:
-    arch: str | None = None  # of a device that is not there
-    interprets: bool = False
+    arch: str = "sm_90"  # of the `meta` device
     log: list[Launch] | None = None
     forced: Mapping[str, Choice] = field(default_factory=dict)
 
@@ -98,15 +99,8 @@ def _with(**changes: Any) -> Iterator[_Mode]:
 def recorded(arch: str = "sm_90") -> Iterator[list[Launch]]:
     """Launches are in the list, in order. ``arch``: what tensors of the ``meta`` device are taken to be on."""
     log: list[Launch] = []
-    with _with(log=log, arch=_mode.get().arch or arch):
+    with _with(log=log, arch=arch):
         yield log
-
-
-@contextmanager
-def simulated(arch: str = "sm_90") -> Iterator[None]:
-    """Tensors on the CPU are taken to be on a GPU, and Triton's interpreter runs the kernels."""
-    with _with(interprets=True, arch=arch):
-        yield
 
 
 @contextmanager
@@ -114,16 +108,6 @@ def forced(choices: Mapping[str, Choice]) -> Iterator[None]:
     """Kernels of these names are compiled so, whatever tables say."""
     with _with(forced={**_mode.get().forced, **choices}):
         yield
-
-
-def simulating() -> bool:
-    """Whether tensors on the CPU are taken to be on a GPU."""
-    return _mode.get().interprets
-
-
-def on_gpu(t: torch.Tensor) -> bool:
-    """Whether kernels take tensors where ``t`` is."""
-    return t.is_cuda or t.is_meta or (t.is_cpu and simulating())
 
 
 @functools.cache
@@ -136,7 +120,7 @@ def _arch_of(index: int) -> str:
 
 def arch_of(t: torch.Tensor) -> str:
     """The architecture that ``t`` is on, as in the name of a table."""
-    return _arch_of(t.device.index or 0) if t.is_cuda else _mode.get().arch or "sm_90"
+    return _arch_of(t.device.index or 0) if t.is_cuda else simulated_arch() or _mode.get().arch
 
 
 @functools.cache
@@ -181,7 +165,7 @@ def launch(
     if device.type == "meta":
         return
     if device.type == "cpu":
-        if not mode.interprets:
+        if not simulating():
             raise RuntimeError(f"{kernel.name} is a GPU kernel, and its tensors are on the CPU")
         from skipc.kernels.gpu import interpreting
 

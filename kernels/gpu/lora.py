@@ -1,7 +1,7 @@
 """What adapters add to linear layers that share an input. Semantics and operands: :mod:`skipc.kernels.lora`.
 
-With ``x`` a row, ``A`` and ``B`` the matrices of a slot and ``g`` its gate times its scale, ``out += g * B @ (A @ x)`` for
-each slot that the row wants, layer by layer (q, k and v; gate and up), in one launch:
+With ``x`` a row, ``A`` and ``B`` the matrices of a slot and ``g`` its gate times its scale, ``out += g * B @ (A @ x)``
+for each slot that the row wants, layer by layer (q, k and v; gate and up), in one launch:
 
 * ``lora_rows`` for few rows, each by itself, so that a batch of as many adapters as rows costs no more than one of one.
   Programs of the first phase multiply by a part of ``A``, those of the second sum the parts and multiply by ``B`` (the
@@ -16,16 +16,18 @@ with ranks as they are in each slot, as S-LoRA has it (arXiv 2311.03285).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from skipc.kernels.gpu.kernel import Kernel, launch, pick, simulating
+from skipc.kernels.gpu.kernel import Kernel, launch, pick
 from skipc.kernels.gpu.phases import arrive, is_last, leave, reset, take_ticket, wait
+from skipc.kernels.gpu.rounding import by_hand, rounded
 from skipc.kernels.gpu.workspace import counters
-from skipc.kernels.lora import MOST, OPERANDS, PACK, Lora
+from skipc.kernels.lora import MOST, OPERANDS, PACK, Lora, adapters_wanted
 from skipc.kernels.tables import Choice
 
 SLICES = 3  # layers of a launch
@@ -52,8 +54,7 @@ def second_of(b, place, n, r, rank, PACKED: tl.constexpr, PACK: tl.constexpr):
     if PACKED:
         block = n // PACK
         return b + place + (block * rank * PACK + n % PACK)[None, :] + (r * PACK)[:, None]
-    else:
-        return b + place + (n * rank)[None, :] + r[:, None]
+    return b + place + (n * rank)[None, :] + r[:, None]
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def lora_rows(
     out_0, stride_0, n_0, a_0, b_0, where_0, scales_0,
     out_1, stride_1, n_1, a_1, b_1, where_1, scales_1,
     out_2, stride_2, n_2, a_2, b_2, where_2, scales_2,
-    SLICES: tl.constexpr, PACKED: tl.constexpr, PACK: tl.constexpr, MOST: tl.constexpr,
+    SLICES: tl.constexpr, BY_HAND: tl.constexpr, PACKED: tl.constexpr, PACK: tl.constexpr, MOST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     tiles_0 = tl.cdiv(n_0, BLOCK_N)
@@ -152,7 +153,7 @@ def lora_rows(
         if touched:
             out = of(at, out_0, out_1, out_2) + row.to(tl.int64) * of(at, stride_0, stride_1, stride_2) + n
             before = tl.load(out, mask=n < size, other=0.0)
-            tl.store(out, (before.to(tl.float32) + total).to(before.dtype), mask=n < size)
+            tl.store(out, rounded(before.to(tl.float32) + total, before.dtype, BY_HAND), mask=n < size)
     if SPLIT_K:
         leave(sync, rows * SLICES, shrinks + rows * tiles)
 
@@ -163,7 +164,7 @@ def lora_tiles(
     out_0, stride_0, n_0, a_0, b_0, where_0, scales_0,
     out_1, stride_1, n_1, a_1, b_1, where_1, scales_1,
     out_2, stride_2, n_2, a_2, b_2, where_2, scales_2,
-    PACKED: tl.constexpr, PACK: tl.constexpr, WIDEN: tl.constexpr,
+    BY_HAND: tl.constexpr, PACKED: tl.constexpr, PACK: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     tiles_0 = tl.cdiv(n_0, BLOCK_N)
@@ -222,10 +223,10 @@ def lora_tiles(
     out += row.to(tl.int64)[:, None] * of(at, stride_0, stride_1, stride_2) + n[None, :]
     inside = touched[:, None] & (n < size)[None, :]
     before = tl.load(out, mask=inside, other=0.0)
-    tl.store(out, (before.to(tl.float32) + total).to(before.dtype), mask=inside)
+    tl.store(out, rounded(before.to(tl.float32) + total, before.dtype, BY_HAND), mask=inside)
 
 
-_HELPERS = (of, group_of, second_of)
+_HELPERS = (of, group_of, second_of, rounded)
 ROWS = Kernel(
     "lora_rows", lora_rows, ("rows", "k", "n", "bits"),
     {"BLOCK_N": (32, 64, 128, 256), "BLOCK_K": (128, 256, 512, 1024), "BLOCK_R": (16, 32), "SPLIT_K": (0, 1, 2, 4, 8),
@@ -256,7 +257,8 @@ def room_of(where: torch.Tensor) -> int:
         if where.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("adapters of a layer met a graph's capture before any call")
         room = int(where[0, 3])
-        _rooms[id(where)] = weakref.ref(where, lambda _, key=id(where): _rooms.pop(key, None)), room
+        key = id(where)
+        _rooms[key] = weakref.ref(where, lambda _: _rooms.pop(key, None)), room
     return room
 
 
@@ -268,6 +270,8 @@ def add_adapters(outs: Sequence[torch.Tensor], x: torch.Tensor, lora: Lora) -> N
         x: ``[..., k]``; rows are contiguous.
         lora: four operands (or four times None) for each of ``outs``, then table and gates.
     """
+    if not adapters_wanted():
+        return
     *_, table, gates = lora
     rows = x.reshape(-1, x.shape[-1])
     adapted = [(out.view(-1, out.shape[-1]), lora[OPERANDS * i : OPERANDS * (i + 1)]) for i, out in enumerate(outs)
@@ -287,7 +291,7 @@ def _launch(x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, Any]], table: 
         values = (out, out.stride(0), out.shape[1] if i < len(layers) else 0, *operands)
         names = ("out", "stride", "n", "a", "b", "where", "scales")
         given |= {f"{name}_{i}": value for name, value in zip(names, values, strict=True)}
-    given |= {"PACKED": packed, "PACK": PACK}
+    given |= {"PACKED": packed, "PACK": PACK, "BY_HAND": by_hand(x.dtype)}
     room = max(room_of(operands[2]) for _, operands in layers)
     size = x.element_size()
     moved = size * (x.numel() + rows * room * sum(k + n for n in widths) + 2 * rows * sum(widths))
@@ -298,7 +302,7 @@ def _launch(x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, Any]], table: 
         choice = pick(TILES, x, **sizes)
         block_m, block_n = choice.constants["BLOCK_M"], choice.constants["BLOCK_N"]
         grid = (sum(triton.cdiv(n, block_n) for n in widths), triton.cdiv(rows, block_m))
-        given["WIDEN"] = x.dtype == torch.float32 or (simulating() and x.dtype == torch.bfloat16)
+        given["WIDEN"] = x.dtype != layers[0][1][0].dtype or x.dtype == torch.float32 or by_hand(x.dtype)
         launch(TILES, choice, grid, given, **measures)
         return
     choice = pick(ROWS, x, **sizes)
@@ -308,3 +312,26 @@ def _launch(x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, Any]], table: 
     given |= {"planes": planes, "room": room, "sync": counters(x) if split else None, "SLICES": len(layers),
               "MOST": MOST}  # fmt: skip
     launch(ROWS, choice, (programs,), given, **measures)
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Launches as in models: q, k and v, o, gate and up, and down of SmolLM2-135M and of Llama 3 8B, for a few rows and
+    for many."""
+    shapes = {
+        "smollm2": [(576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,))],
+        "llama3": [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))],
+    }
+    for model, layers in shapes.items():
+        for rows in (1, 8, 512):
+            for k, widths in layers:
+                yield f"{model}, {rows} rows, {k} to {widths}", partial(_example, rows, k, widths, dtype)
+
+
+def _example(rows: int, k: int, widths: Sequence[int], dtype: torch.dtype) -> None:
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    memory = empty(1 << 24)
+    lora = [t for _ in widths for t in (memory, memory, empty(8, 4, dtype=torch.int64), empty(8, dtype=torch.float32))]
+    lora += [empty(1 << 16, dtype=torch.int64), empty(1 << 16, dtype=torch.float32)]
+    add_adapters([empty(rows, n) for n in widths], empty(rows, k), lora)

@@ -1,20 +1,22 @@
 """Adapters folded into the weights of all layers by one launch. Semantics: :mod:`skipc.kernels.merging`.
 
-A program has a tile of a weight. Which weight, it reads from a table of addresses that is made once for a set of weights,
-so that a model of hundreds of layers is one launch; the time is that of reading and writing all weights once.
-"""
+A program has a tile of a weight. Which weight, it reads from a table of addresses that is made once for a set of
+weights, so that a model of hundreds of layers is one launch; the time is that of reading and writing all weights
+once."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from skipc.kernels.gpu.kernel import Kernel, launch, pick, simulating
+from skipc.kernels.gpu.kernel import Kernel, launch, pick
 from skipc.kernels.gpu.lora import room_of, second_of
+from skipc.kernels.gpu.rounding import by_hand, rounded
 from skipc.kernels.lora import OPERANDS, PACK, Lora
 from skipc.kernels.tables import Choice
 
@@ -24,7 +26,7 @@ _FIELDS = 10  # of a row of the table of weights
 @triton.jit
 def merge_weights(
     like, weights, owners, slots, factors, count,
-    PACKED: tl.constexpr, PACK: tl.constexpr, WIDEN: tl.constexpr, FIELDS: tl.constexpr,
+    BY_HAND: tl.constexpr, PACKED: tl.constexpr, PACK: tl.constexpr, WIDEN: tl.constexpr, FIELDS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = weights + FIELDS * tl.load(owners + tl.program_id(0)).to(tl.int64)
@@ -65,13 +67,13 @@ def merge_weights(
             change = tl.dot(tl.trans(seconds), firsts, change, input_precision="ieee")
         if rank > 0:
             total += tl.load(factors + i) * tl.load(scales + slot) * change
-    tl.store(out + at, total.to(like.dtype.element_ty), mask=inside)
+    tl.store(out + at, rounded(total, like.dtype.element_ty, BY_HAND), mask=inside)
 
 
 SWITCH = Kernel(
     "merge_weights", merge_weights, ("count", "bits"),
     {"BLOCK_N": (32, 64, 128), "BLOCK_K": (64, 128), "BLOCK_R": (16, 32), "warps": (4, 8), "stages": (1, 2)},
-    Choice(constants={"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16}, warps=4, stages=1), (second_of,),
+    Choice(constants={"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16}, warps=4, stages=1), (second_of, rounded),
 )  # fmt: skip
 
 _tables: OrderedDict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = OrderedDict()
@@ -112,7 +114,8 @@ def merge_lora(
     ranks = sum(room_of(o[2]) * sum(w.shape) for w, o in zip(weights, operands, strict=True) if o[2] is not None)
     given = {"like": first, "weights": table, "owners": owners, "slots": slots, "factors": factors,
              "count": len(slots), "PACKED": packed, "PACK": PACK, "FIELDS": _FIELDS,
-             "WIDEN": first.dtype == torch.float32 or (simulating() and first.dtype == torch.bfloat16)}  # fmt: skip
+             "WIDEN": first.dtype == torch.float32 or by_hand(first.dtype),
+             "BY_HAND": by_hand(first.dtype)}  # fmt: skip
     launch(
         SWITCH, choice, (len(owners),), given, sizes=sizes,
         moved=first.element_size() * (2 * elements + len(slots) * ranks), operations=2 * len(slots) * elements * 16,
@@ -155,3 +158,23 @@ def _table_of(
     while len(_tables) > _KEPT:
         _tables.popitem(last=False)
     return table, owners
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """All linear layers of SmolLM2-135M, and of a layer of Llama 3 8B; one adapter, and two of which one is taken
+    out."""
+    models = {"smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)] * 30, "llama3": [(4096, 4096), (14336, 4096)]}
+    for model, shapes in models.items():
+        for count in (1, 2):
+            yield f"{model}, {count} adapters", partial(_example, shapes, count, dtype)
+
+
+def _example(shapes: Sequence[tuple[int, int]], count: int, dtype: torch.dtype) -> None:
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    memory = empty(1 << 24)
+    lora = [t for _ in shapes for t in (memory, memory, empty(8, 4, dtype=torch.int64), empty(8, dtype=torch.float32))]
+    weights, merged = ([empty(*shape) for shape in shapes] for _ in range(2))
+    slots, factors = empty(count, dtype=torch.int64), empty(count, dtype=torch.float32)
+    merge_lora(weights, merged, lora, [False] * len(shapes), slots, factors)

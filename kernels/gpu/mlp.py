@@ -1,28 +1,29 @@
 """Linear layers and MLPs of a few rows in one launch, which may be told on the device not to run.
 
-``linear_rows`` is ``rms_norm(x) @ w.T + b + residual``; ``mlp_rows`` is ``act(h @ gate.T) * (h @ up.T)`` with
-``h = rms_norm(x)``, then ``@ down.T + b + residual``, the neurons in a first phase and the outputs in a second. Without
-activation and ``up`` it is a low-rank map (an arm that a plan puts in the place of a sublayer); with fewer neurons, a thin
-MLP. Weights are read once.
+``linear_rows`` is ``rms_norm(x) @ w.T + b + residual``; ``mlp_rows`` is ``act(h @ gate.T) * (h @ up.T)`` with ``h =
+rms_norm(x)``, then ``@ down.T + b + residual``, the neurons in a first phase and the outputs in a second. Without
+activation and ``up`` it is a low-rank map (an arm that a plan puts in the place of a sublayer); with fewer neurons, a
+thin MLP. Weights are read once.
 
-Both look at a number in memory first, ``skipped``: where it is not zero, they return before they read anything else. Their
-output is then what it was, so a site that may be skipped works in place, on the residual stream. ``mlp_rows`` can also take
-the moments of the stream before and after it, and close the gates of later sites where their cosine reaches a threshold
-(:class:`skipc.kernels.chain.Gates`): the program that leaves last adds up and decides, so that a similarity costs no launch
-and the host never waits for a decision.
-"""
+Both look at a number in memory first, ``skipped``: where it is not zero, they return before they read anything else.
+Their output is then what it was, so a site that may be skipped works in place, on the residual stream. ``mlp_rows`` can
+also take the moments of the stream before and after it, and close the gates of later sites where their cosine reaches a
+threshold (:class:`skipc.kernels.chain.Gates`): the program that leaves last adds up and decides, so that a similarity
+costs no launch and the host never waits for a decision."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from skipc.kernels.gpu.kernel import Kernel, launch, pick, simulating
+from skipc.kernels.gpu.kernel import Kernel, launch, pick
 from skipc.kernels.gpu.phases import arrive, is_last, reset, take_ticket, wait
+from skipc.kernels.gpu.rounding import by_hand, rounded
 from skipc.kernels.gpu.workspace import counters
 from skipc.kernels.tables import Choice
 
@@ -101,9 +102,8 @@ def products(
                     others = others.to(tl.float32)
                 other = tl.dot(inputs, tl.trans(others), other, input_precision="ieee")
     if BLOCK_M == 1:
-        return tl.sum(one, 1)[None, :], tl.sum(other, 1)[None, :]
-    else:
-        return one, other
+        one, other = tl.sum(one, 1)[None, :], tl.sum(other, 1)[None, :]
+    return one, other
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def linear_rows(
     x, x_stride, rows, k, norm, eps, weight, weight_stride, n_size, bias, residual, residual_stride, out, out_stride,
     skipped,
     HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, BY_HAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     if GATED:
@@ -132,7 +132,8 @@ def linear_rows(
     if HAS_RESIDUAL:
         before = residual + (row * residual_stride)[:, None] + n[None, :]
         total += tl.load(before, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + (row * out_stride)[:, None] + n[None, :], total.to(out.dtype.element_ty), mask=inside)
+    made = rounded(total, out.dtype.element_ty, BY_HAND)
+    tl.store(out + (row * out_stride)[:, None] + n[None, :], made, mask=inside)
 
 
 @triton.jit
@@ -170,7 +171,7 @@ def mlp_rows(
     skipped, site, sites, planes, moments, closes, threshold, rule, valid,
     ACTIVATION: tl.constexpr, HAS_UP: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, MEASURES: tl.constexpr, DECIDES: tl.constexpr,
-    HAS_VALID: tl.constexpr, WIDEN: tl.constexpr,
+    HAS_VALID: tl.constexpr, WIDEN: tl.constexpr, BY_HAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     if GATED:
@@ -193,7 +194,8 @@ def mlp_rows(
         if HAS_UP:
             g = g * u
         inside = (row < rows)[:, None] & (i < inner)[None, :]
-        tl.store(hidden + (row * inner)[:, None] + i[None, :], g.to(hidden.dtype.element_ty), mask=inside)
+        g = rounded(g, hidden.dtype.element_ty, BY_HAND)
+        tl.store(hidden + (row * inner)[:, None] + i[None, :], g, mask=inside)
         arrive(sync, 0)
     else:
         tile = program - firsts
@@ -210,7 +212,7 @@ def mlp_rows(
             before = tl.load(residual + (row * residual_stride)[:, None] + n[None, :], mask=inside, other=0.0)
             before = before.to(tl.float32)
             total += before
-        made = total.to(out.dtype.element_ty)
+        made = rounded(total, out.dtype.element_ty, BY_HAND)
         tl.store(out + (row * out_stride)[:, None] + n[None, :], made, mask=inside)
         if MEASURES:
             after = tl.where(inside, made.to(tl.float32), 0.0)
@@ -241,13 +243,13 @@ def mlp_rows(
 _SPACE = {"BLOCK_N": (8, 16, 32), "BLOCK_K": (128, 256, 512), "BLOCK_X": (512, 1024), "warps": (2, 4, 8),
           "stages": (1, 2, 3)}  # fmt: skip
 LINEAR = Kernel(
-    "linear_rows", linear_rows, ("rows", "k", "n", "bits"), _SPACE,
-    Choice(constants={"BLOCK_N": 16, "BLOCK_K": 256, "BLOCK_X": 512}, warps=4, stages=2), (factor_of, products),
+    "linear_rows", linear_rows, ("rows", "k", "n", "bits"), _SPACE, Choice(constants={"BLOCK_N": 16, "BLOCK_K": 256,
+    "BLOCK_X": 512}, warps=4, stages=2), (factor_of, products, rounded),
 )  # fmt: skip
 MLP = Kernel(
     "mlp_rows", mlp_rows, ("rows", "k", "inner", "n", "bits"), {"BLOCK_I": (8, 16, 32), **_SPACE},
     Choice(constants={"BLOCK_I": 16, "BLOCK_N": 16, "BLOCK_K": 256, "BLOCK_X": 512}, warps=4, stages=2),
-    (factor_of, products, activate, decide, arrive, is_last, reset, take_ticket, wait),
+    (factor_of, products, activate, decide, rounded, arrive, is_last, reset, take_ticket, wait),
 )  # fmt: skip
 
 
@@ -274,7 +276,7 @@ class Gate:
 
 
 def _widen(x: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 or (simulating() and x.dtype == torch.bfloat16)
+    return x.dtype == torch.float32 or by_hand(x.dtype)
 
 
 def linear(
@@ -307,7 +309,7 @@ def linear(
         "residual_stride": 0 if residual is None else residual.stride(0), "out": out, "out_stride": out.stride(0),
         "skipped": None if gate is None else gate.skipped[gate.site :], "HAS_NORM": norm is not None,
         "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "GATED": gate is not None,
-        "WIDEN": _widen(x), "BLOCK_M": _rows(rows),
+        "WIDEN": _widen(x), "BY_HAND": by_hand(x.dtype), "BLOCK_M": _rows(rows),
     }  # fmt: skip
     moved = x.element_size() * (n * k + rows * (k + n * (2 if residual is not None else 1)))
     grid = (triton.cdiv(n, choice.constants["BLOCK_N"]),)
@@ -335,8 +337,8 @@ def mlp(
     out: torch.Tensor | None = None,
     gate: Gate | None = None,
 ) -> torch.Tensor:
-    """``(act(h @ gate_weight.T) * (h @ up.T)) @ down.T + bias + residual`` with ``h = rms_norm(x)``, or ``out`` as it was
-    if ``gate`` says that the site is skipped.
+    """``(act(h @ gate_weight.T) * (h @ up.T)) @ down.T + bias + residual`` with ``h = rms_norm(x)``, or ``out`` as it
+    was if ``gate`` says that the site is skipped.
 
     Args:
         x: ``[rows, k]``, at most 16, floating; rows are contiguous.
@@ -358,21 +360,48 @@ def mlp(
     given: dict[str, Any] = {
         "x": x, "x_stride": x.stride(0), "rows": rows, "k": k, "norm": norm, "eps": eps, "gate": gate_weight,
         "gate_stride": gate_weight.stride(0), "up": up, "up_stride": 0 if up is None else up.stride(0), "inner": inner,
-        "down": down, "down_stride": down.stride(0), "n_size": n, "bias": bias, "residual": residual,
-        "residual_stride": 0 if residual is None else residual.stride(0), "out": out, "out_stride": out.stride(0),
-        "hidden": x.new_empty(rows, inner), "sync": counters(x),
-        "skipped": None if gate is None else gate.skipped, "site": 0 if gate is None else gate.site,
-        "sites": 0 if gate is None else len(gate.skipped),
-        "planes": x.new_empty(seconds * rows * 3, dtype=torch.float32) if measures else None,
-        "moments": None if gate is None else gate.moments, "closes": None if gate is None else gate.closes,
-        "threshold": 0.0 if gate is None else gate.threshold, "rule": 0 if gate is None else gate.rule,
-        "valid": None if gate is None else gate.valid,
-        "ACTIVATION": activation, "HAS_UP": up is not None, "HAS_NORM": norm is not None, "HAS_BIAS": bias is not None,
-        "HAS_RESIDUAL": residual is not None, "GATED": gate is not None, "MEASURES": measures,
-        "DECIDES": measures and gate is not None and gate.closes is not None,
-        "HAS_VALID": gate is not None and gate.valid is not None, "WIDEN": _widen(x), "BLOCK_M": _rows(rows),
+        "down": down, "down_stride": down.stride(0), "n_size": n, "bias": bias, "residual": residual, "residual_stride":
+        0 if residual is None else residual.stride(0), "out": out, "out_stride": out.stride(0), "hidden":
+        x.new_empty(rows, inner), "sync": counters(x), "skipped": None if gate is None else gate.skipped, "site": 0 if
+        gate is None else gate.site, "sites": 0 if gate is None else len(gate.skipped), "planes": x.new_empty(seconds *
+        rows * 3, dtype=torch.float32) if measures else None, "moments": None if gate is None else gate.moments,
+        "closes": None if gate is None else gate.closes, "threshold": 0.0 if gate is None else gate.threshold, "rule": 0
+        if gate is None else gate.rule, "valid": None if gate is None else gate.valid, "ACTIVATION": activation,
+        "HAS_UP": up is not None, "HAS_NORM": norm is not None, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual
+        is not None, "GATED": gate is not None, "MEASURES": measures, "DECIDES": measures and gate is not None and
+        gate.closes is not None, "HAS_VALID": gate is not None and gate.valid is not None, "WIDEN": _widen(x),
+        "BY_HAND": by_hand(x.dtype), "BLOCK_M": _rows(rows),
     }  # fmt: skip
     weights = inner * k * (1 if up is None else 2) + n * inner
     moved = x.element_size() * (weights + rows * (k + n * (2 if residual is not None else 1)))
     launch(MLP, choice, (firsts + seconds,), given, sizes=sizes, moved=moved, operations=2 * rows * weights)
     return out
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Gated MLPs that may be skipped and that decide, whole and thin; low-rank maps; and linear layers, of SmolLM2-135M
+    and of Llama 3 8B."""
+    for model, width, inner in (("smollm2", 576, 1536), ("llama3", 4096, 14336)):
+        for rows in (1, 8):
+            yield f"{model}, {rows} rows, MLP", partial(_example, rows, width, inner, dtype)
+            yield f"{model}, {rows} rows, thin MLP", partial(_example, rows, width, inner // 4, dtype)
+            yield f"{model}, {rows} rows, low rank", partial(_example, rows, width, 64, dtype, False)
+            yield f"{model}, {rows} rows, linear", partial(_linear_example, rows, width, inner, dtype)
+
+
+def _empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _example(rows: int, width: int, inner: int, dtype: torch.dtype, gated: bool = True) -> None:
+    x, first = _empty(rows, width, dtype=dtype), _empty(inner, width, dtype=dtype)
+    down, norm = _empty(width, inner, dtype=dtype), _empty(width, dtype=dtype)
+    flags, moments = _empty(60, dtype=torch.int8), _empty(rows, 3, dtype=torch.float32)
+    gate = Gate(flags, 3, moments, flags, 0.9) if gated else None
+    bias = None if gated else _empty(width, dtype=dtype)
+    mlp(x, first, first if gated else None, down, 0 if gated else NO_ACTIVATION, norm, 1e-5, bias, x, x, gate)
+
+
+def _linear_example(rows: int, width: int, inner: int, dtype: torch.dtype) -> None:
+    x, weight = _empty(rows, width, dtype=dtype), _empty(inner, width, dtype=dtype)
+    linear(x, weight, None, _empty(width, dtype=dtype), 1e-5, gate=Gate(_empty(60, dtype=torch.int8), 3))

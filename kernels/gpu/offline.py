@@ -1,9 +1,8 @@
 """Kernels compiled for machines that are not at hand, and what the compilers made of them.
 
-What a launch would have been is known from a recorded one (:func:`skipc.kernels.gpu.kernel.recorded`); its arguments are
-specialised as Triton does it at a launch (numbers that 16 divides, ones, absent pointers), so what is compiled here is what
-would run.
-"""
+What a launch would have been is known from a recorded one (:func:`skipc.kernels.gpu.kernel.recorded`); its arguments
+are specialised as Triton does it at a launch (numbers that 16 divides, ones, absent pointers), so what is compiled here
+is what would run."""
 
 from __future__ import annotations
 
@@ -83,7 +82,8 @@ class Binary:
         """How many fit on a multiprocessor at a time."""
         granules = -(-self.registers // 8) * 8
         by_registers = arch.registers // max(granules * self.threads, 1)
-        by_shared = arch.shared_in_all // max(self.shared + 1024, 1) if self.shared else 32
+        taken = self.shared + (1024 if arch.target.backend == "cuda" else 0)  # CUDA keeps a kilobyte of each
+        by_shared = arch.shared_in_all // taken if taken else 32
         return max(min(by_registers, by_shared, arch.threads // self.threads, 32), 0)
 
     def occupancy(self, arch: Arch) -> float:
@@ -109,7 +109,7 @@ def compiled(launch: Launch, arch: Arch) -> Binary:
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     for i, parameter in enumerate(function.params):
-        value = launch.arguments[parameter.name] if parameter.name in launch.arguments else parameter.default
+        value = launch.arguments.get(parameter.name, parameter.default)
         if parameter.is_constexpr:
             kind, fixed, divisible = "constexpr", value, False
         else:

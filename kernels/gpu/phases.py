@@ -1,8 +1,9 @@
 """Two phases in one launch: programs of the second wait for what those of the first have written.
 
-Programs take tickets, so that whoever waits has a higher number than whoever it waits for, which therefore runs already:
-nothing is assumed about the order in which a GPU starts programs, nor that all of them fit on it at a time. What is added
-up is added in a fixed order. The last program to leave puts everything back to zero for the next launch of the stream.
+Programs take tickets, so that whoever waits has a higher number than whoever it waits for, which therefore runs
+already: nothing is assumed about the order in which a GPU starts programs, nor that all of them fit on it at a time.
+What is added up is added in a fixed order. The last program to leave puts everything back to zero for the next launch
+of the stream.
 
 ``sync`` is int32, zeros: tickets, programs that have left, and then a counter for each thing that is waited for.
 """

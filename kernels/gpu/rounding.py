@@ -9,7 +9,8 @@ from skipc.kernels.gpu.kernel import simulating
 
 
 def by_hand(dtype: torch.dtype) -> bool:
-    """Whether kernels must round to ``dtype`` themselves: the interpreter cuts the bits off that bf16 has no room for."""
+    """Whether kernels must round to ``dtype`` themselves: the interpreter cuts the bits off that bf16 has no room
+    for."""
     return dtype == torch.bfloat16 and simulating()
 
 

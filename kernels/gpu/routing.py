@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from skipc.kernels.gpu.kernel import Kernel, launch, pick
-from skipc.kernels.lora import MOST
-from skipc.kernels.routing import HEADER
+from skipc.kernels.lora import MOST, adapters_wanted
+from skipc.kernels.routing import HEADER, places
 from skipc.kernels.tables import Choice
 
 EXPERTS = 64  # at most
 
 
 @triton.jit
-def route(
-    x, x_stride, rows, router, table, gates, HEADER: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def route(x, x_stride, rows, router, table, gates, HEADER: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr):
     experts = tl.load(router).to(tl.int32)
     if experts > 0:
         width = tl.load(router + 1).to(tl.int32)
@@ -71,6 +72,8 @@ def route_tokens(x: torch.Tensor, router: torch.Tensor, table: torch.Tensor, gat
     Raises:
         RuntimeError: if there is no room for what the tokens may want.
     """
+    if not adapters_wanted():
+        return
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) * MOST > len(table) - 2:
         raise RuntimeError(f"{len(rows)} tokens that may want {MOST} adapters each are more than {len(table) - 2}")
@@ -80,3 +83,18 @@ def route_tokens(x: torch.Tensor, router: torch.Tensor, table: torch.Tensor, gat
     moved = x.numel() * x.element_size() + 4 * router.numel() + 12 * len(rows) * MOST
     operations = 2 * x.numel() * EXPERTS
     launch(ROUTE, pick(ROUTE, x, **sizes), (len(rows),), given, sizes=sizes, moved=moved, operations=operations)
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A decode step and a prompt, of SmolLM2-135M and of Llama 3 8B."""
+    for model, width in (("smollm2", 576), ("llama3", 4096)):
+        for rows in (8, 512):
+            yield f"{model}, {rows} tokens", partial(_example, rows, width, dtype)
+
+
+def _example(rows: int, width: int, dtype: torch.dtype) -> None:
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    router = empty(places(EXPERTS, width), dtype=torch.float32)
+    route_tokens(empty(rows, width), router, empty(1 << 16, dtype=torch.int64), empty(1 << 16, dtype=torch.float32))

@@ -1,5 +1,5 @@
-"""Counters that kernels use between their phases: one set for each stream, since launches of a stream come one after the
-other."""
+"""Counters that kernels use between their phases: one set for each stream, since launches of a stream come one after
+the other."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class AdapterBank:
     sessions use among them. A session that needs another puts it in the place of the one that was used longest ago.
 
     Args:
-        model: not wrapped by PEFT, with its weights on the CPU. It stays as it is.
+        model: not wrapped by PEFT, with its weights on the CPU, or on one GPU. It stays as it is.
         slots: places for adapters that are in use.
         max_rank: of a layer. Memory that adapters leave unused is not taken from the system.
         targets: layers that adapters may change: paths, or the ends of paths (``"q_proj"``). None: all linear layers
@@ -232,8 +232,9 @@ class AdapterBank:
     def blank(self) -> Wanted:
         """See :class:`skipc.ir.adapters.Bank`."""
         width = max((layer.shape[1] for layer in self.layers.values()), default=0)
-        router = torch.zeros(places(_EXPERTS, width))
-        return Wanted(torch.zeros(_TABLE, dtype=torch.int64), torch.zeros(_TABLE), router)
+        device = next((layer.memory.device for layer in self.layers.values()), None)
+        table, gates = (torch.zeros(_TABLE, dtype=d, device=device) for d in (torch.int64, torch.float32))
+        return Wanted(table, gates, torch.zeros(places(_EXPERTS, width), device=device))
 
     def _hold(self, asked: dict[str, Loaded]) -> dict[str, Loaded]:
         """Have all that is asked for in slots, and keep it there."""

@@ -12,7 +12,8 @@ from skipc.adapters.adapter import layer_of
 from skipc.ir.adapters import AdaptedLayer
 from skipc.ir.errors import AdapterError
 from skipc.ir.plan import Plan
-from skipc.kernels.library import NATIVE
+from skipc.kernels.device import on_gpu, wait_for
+from skipc.kernels.library import NATIVE, TRITON
 from skipc.kernels.memory import aligned, zeros
 from skipc.kernels.merging import merge_lora
 
@@ -37,7 +38,7 @@ class MergedWeights:
             raise AdapterError(f"adapters cannot be merged: {why}")
         own = _own(model, self._layers)
         sizes = {d: sum(aligned(w.numel()) for w in own if w.dtype == d) for d in {w.dtype for w in own}}
-        memory = {dtype: zeros(size, dtype) for dtype, size in sizes.items()}
+        memory = {dtype: zeros(size, dtype, own[0].device) for dtype, size in sizes.items()}
         ends, made = dict.fromkeys(sizes, 0), {}
         for layer, weight in zip(self._layers, own, strict=True):
             at = ends[weight.dtype]
@@ -90,13 +91,16 @@ def _merge(
     own: list[torch.Tensor], made: list[torch.Tensor], layers: list[AdaptedLayer], chosen: Mapping[int, float]
 ) -> float:
     """Seconds that it took."""
-    slots, factors = torch.tensor(sorted(chosen)), torch.tensor([chosen[s] for s in sorted(chosen)])
+    device = own[0].device
+    slots = torch.tensor(sorted(chosen), device=device)
+    factors = torch.tensor([chosen[s] for s in sorted(chosen)], dtype=torch.float32, device=device)
     start = time.perf_counter()
     for dtype in {w.dtype for w in own}:
-        merge = torch.ops.skipc.merge_lora if dtype in NATIVE else merge_lora
+        merge = torch.ops.skipc.merge_lora if dtype in (TRITON if on_gpu(slots) else NATIVE) else merge_lora
         some = [(o, m, layer) for o, m, layer in zip(own, made, layers, strict=True) if o.dtype == dtype]
         weights, merged, of = map(list, zip(*some, strict=True))
         merge(weights, merged, [t for x in of for t in x.operands], [x.transposed for x in of], slots, factors)
+    wait_for(device)()
     return time.perf_counter() - start
 
 

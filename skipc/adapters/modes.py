@@ -19,6 +19,7 @@ import torch
 
 from skipc.ir.adapters import AdaptedLayer
 from skipc.kernels import native
+from skipc.kernels.device import on_cpu, wait_for
 from skipc.kernels.library import NATIVE
 
 Mode = Literal["unmerged", "merged", "mixture", "auto"]
@@ -101,19 +102,22 @@ def measure(layers: Sequence[tuple[torch.Tensor, AdaptedLayer]], slot: int, swit
         switch: seconds of merging.
     """
     native.available()  # which programs run, if it is
+    device = layers[0][0].device
     generator = torch.Generator().manual_seed(0)
-    inputs = {(w.shape[1], w.dtype): torch.randn(_ROWS, w.shape[1], generator=generator).to(w.dtype) for w, _ in layers}
-    gates = torch.ones(2 + _ROWS)
+    inputs = {(w.shape[1], w.dtype): torch.randn(_ROWS, w.shape[1], generator=generator).to(w) for w, _ in layers}
+    gates = torch.ones(2 + _ROWS, device=device)
 
     def run(wanting: int) -> float:
-        table = torch.tensor([_ROWS, 1, *[slot] * wanting, *[-1] * (_ROWS - wanting)])
+        table = torch.tensor([_ROWS, 1, *[slot] * wanting, *[-1] * (_ROWS - wanting)], device=device)
+        wait_for(device)()
         start = time.perf_counter()
         for weight, layer in layers:
             x, lora = inputs[weight.shape[1], weight.dtype], [*layer.operands, table, gates]
-            if weight.dtype in NATIVE:
+            if weight.dtype in NATIVE and on_cpu(weight):
                 torch.ops.skipc.skinny_linear(x, [weight], [None], None, 0.0, None, lora)
             else:
                 torch.ops.skipc.lora_linear(x, weight, None, lora)
+        wait_for(device)()
         return time.perf_counter() - start
 
     times: dict[int, list[float]] = {0: [], 1: [], _ROWS: []}

@@ -67,22 +67,26 @@ def allocated(model: torch.nn.Module, paths: Sequence[str], slots: int, max_rank
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    weights = {}
+    weights, device = {}, None
     for path in paths:
         weight, transposed = layer_of(model, path, "bank")
-        if weight.device.type != "cpu":
-            raise AdapterError(f"{path} is on {weight.device}: adapters are chosen by row on the CPU only so far")
+        if weight.device.type not in ("cpu", "cuda"):
+            raise AdapterError(f"{path} is on {weight.device}: adapters are chosen by row on CPUs and GPUs")
+        if weight.device != (device or weight.device):
+            raise AdapterError(f"{path} is on {weight.device}, another layer on {device}: a bank is on one device")
+        device = weight.device
         n, k = reversed(weight.shape) if transposed else weight.shape
         weights[path] = weight, (int(n), int(k)), transposed
     sizes: dict[torch.dtype, int] = {}  # of a slot
     for weight, (n, k), _ in weights.values():
         sizes[weight.dtype] = sizes.get(weight.dtype, 0) + aligned(max_rank * k) + aligned(max_rank * (n + PACK - 1))
-    memory = {dtype: zeros(slots * size, dtype) for dtype, size in sizes.items()}
+    memory = {dtype: zeros(slots * size, dtype, device) for dtype, size in sizes.items()}
     layers = {}
     for path, (weight, shape, transposed) in weights.items():
-        where = torch.tensor([[0, 0, 0, max_rank]]).repeat(slots, 1)
+        where = torch.tensor([[0, 0, 0, max_rank]]).repeat(slots, 1).to(weight.device)
         own = tuple(names[id(weight)])
-        layers[path] = AdaptedLayer(path, own, shape, transposed, memory[weight.dtype], where, torch.zeros(slots))
+        layers[path] = AdaptedLayer(path, own, shape, transposed, memory[weight.dtype], where,
+                                    torch.zeros(slots, device=weight.device))  # fmt: skip
     return layers
 
 

@@ -60,6 +60,11 @@ class Wanted:
         """Whether a router decides."""
         return bool(self.router[0])
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody wants anything."""
+        return not self.routed and not self.table[0]
+
     def become(self, other: Wanted) -> None:
         """Say what ``other`` says, in place."""
         groups, per = other.table[:2].tolist()

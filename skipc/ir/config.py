@@ -57,6 +57,10 @@ class Config(BaseModel):
         True,
         description="Ask Linux to move the weights of models on the CPU to huge pages, at the first call.",
     )
+    graphs: bool = Field(
+        True,
+        description="On a GPU, capture the steps of skipc.generate as CUDA graphs, one for each plan that runs.",
+    )
     disable_passes: tuple[str, ...] = Field((), description="Names of passes not to run; see `skipc passes`.")
     on_error: Literal["fallback", "raise"] = Field(
         "fallback",
