@@ -7,6 +7,7 @@ contents of slots) is read at each replay."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from skipc.kernels.gpu.kernel import recorded
 from skipc.kernels.gpu.workspace import own_counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+log = logging.getLogger("skipc")
 Outputs = tuple[Any, ...]
 Step = Callable[[], Outputs]
 _MOST = 64  # graphs of a program
@@ -85,6 +87,7 @@ class Graphs:
         self._captured: dict[Hashable, Captured | Imitated] = {}
         self._pool: Any = None
         self._device = self._inputs[0].device
+        self.refused: str | None = None  # why nothing is captured, if so
 
     def _read(self) -> list[int]:
         return [t.data_ptr() for t in self._inputs]
@@ -99,11 +102,18 @@ class Graphs:
     def __call__(self, key: Hashable, step: Step) -> Outputs:
         """What ``step`` returns, in tensors that the next call may overwrite. ``step`` has run before, outside any
         graph, and does the same each time."""
+        if self.refused is not None:
+            return step()
         found = self._captured.get(key)
         if found is None:
             if len(self._captured) >= _MOST:
                 self._captured.pop(next(iter(self._captured)))
-            found = self._captured[key] = self._capture(step)
+            try:
+                found = self._captured[key] = self._capture(step)
+            except RuntimeError as error:
+                self.refused = str(error).partition("\n")[0]
+                log.warning("steps are not captured as CUDA graphs, but run one launch at a time: %s", self.refused)
+                return step()
         return found()
 
     def captured(self, key: Hashable) -> Captured | Imitated | None:

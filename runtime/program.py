@@ -170,7 +170,7 @@ class Program:
     def graphs_of(self, inputs: Sequence[Any]) -> Graphs | None:
         """For graphs of this program on inputs that stay, if it is to be captured."""
         first = next((t for t in inputs if isinstance(t, torch.Tensor)), None)
-        if not self.graphs or first is None or not (first.is_cuda or on_simulated_gpu(first)):
+        if not self.graphs or self.spec.reads or first is None or not (first.is_cuda or on_simulated_gpu(first)):
             return None
         from skipc.runtime.graphs import Graphs  # imports Triton
 
@@ -352,8 +352,7 @@ class Repeated:
     def __call__(self, trusted: bool) -> tuple[Any, ...]:
         """The next outputs. ``trusted``: no code that could have moved or resized an input has run since the last."""
         if not trusted:
-            self.program.follow(self.inputs)
-            self._distrust()
+            self.distrust()
         session = sessions.session_for(self._parameters) if sessions.any_open() else None
         if self._wanted is not None:
             self._choose(session.wanted_of(self.program) if session is not None else None)
@@ -383,13 +382,21 @@ class Repeated:
         made[kv]._idle = self._idle
         return made[kv]
 
-    def _distrust(self) -> None:
-        """Inputs may have moved."""
+    def takes(self, given: Sequence[Any]) -> bool:
+        """Whether it is for a call with these inputs."""
+        mine = self.inputs[: len(given)]
+        return len(mine) == len(given) and all(
+            a is b if isinstance(a, torch.Tensor) else a == b for a, b in zip(mine, given, strict=True)
+        )
+
+    def distrust(self) -> None:
+        """Inputs may have moved, or have been written."""
+        self.program.follow(self.inputs)
         self._checked.clear()
         if self.graphs is not None:
             self.graphs.check()
         for other in (r for by_kv in self._under.values() for r in by_kv.values()):
-            other._distrust()
+            other.distrust()
 
     def run(self, how: Arms | GatedCall) -> tuple[Any, ...]:
         program, selection = self.program, _selection(how)

@@ -88,7 +88,8 @@ class Replay:
         self._owners = [*owners, *model.modules()]
         self._watch: ModelWatch | None = None
         self._last: tuple[Any, tuple[Any, ...], int] | None = None
-        self._repeated: Callable[[bool], tuple[Any, ...]] | None = None
+        self._repeated: Any = None
+        self._before: Any = None  # what was repeated before it had to be proven anew
         self.refused: str | None = None
         self.replayed = 0
 
@@ -117,13 +118,23 @@ class Replay:
         if now is not None and self._last is not None and _same(now, self._last):
             if _plain_state(self._owners) == before:
                 program, inputs, _ = now
-                self._repeated = program.repeated(inputs)
+                self._repeated = self._again(program, inputs)
             else:
                 why = "the model or its cache counts steps in Python"
         elif now is not None and self._last is not None:
             why = "the program's inputs are new at each call"
         self.refused, self._last = why, now
         return result
+
+    def _again(self, program: Any, inputs: tuple[Any, ...]) -> Any:
+        """The program on these inputs; what was made for them before, if they are the same, since graphs that were
+        captured cost more than a proof."""
+        before = self._before
+        if before is None or before.program is not program or not before.takes(inputs):
+            before = self._before = program.repeated(inputs)
+        else:
+            before.distrust()
+        return before
 
     @staticmethod
     def _single(calls: list[Call], result: torch.Tensor) -> tuple[tuple[Any, tuple[Any, ...], int] | None, str | None]:

@@ -77,6 +77,8 @@ def kind_of(device: str) -> Kind:
     """
     if device not in KINDS:
         raise ConfigError(f"no kernels are tuned on {device!r}, but on {' and '.join(KINDS)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no GPU here")
     return KINDS[device]
 
 
@@ -221,4 +223,21 @@ def cpu_words() -> str:
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-KINDS = {"cpu": Kind(cpu_name, cpu_words, cpu_problems)}
+def gpu_arch() -> str:
+    """The name of the table of the current GPU."""
+    from skipc.kernels.gpu.kernel import arch_of_device
+
+    return arch_of_device(torch.cuda.current_device())
+
+
+def gpu_problems(work: Work) -> list[Problem]:
+    """The problems of Triton kernels on the current GPU; see :mod:`skipc.tunable_gpu`."""
+    from skipc import tunable_gpu  # imports Triton
+
+    return tunable_gpu.gpu_problems(work, gpu_arch())
+
+
+KINDS = {
+    "cpu": Kind(cpu_name, cpu_words, cpu_problems),
+    "cuda": Kind(gpu_arch, lambda: torch.cuda.get_device_name(), gpu_problems),
+}

@@ -13,20 +13,20 @@ goes to a program by its place among the live ones, and keys that are not live a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from skipc.kernels.gpu.kernel import Kernel, launch, pick
+from skipc.kernels.gpu.kernel import Example, Kernel, launch, pick, random
 from skipc.kernels.gpu.phases import is_last
 from skipc.kernels.gpu.rounding import by_hand, rounded
 from skipc.kernels.gpu.workspace import COUNTERS, counters
 from skipc.kernels.tables import Choice
 
 FEW = 64  # rows of a key head up to which a call is taken for one of decoding
-OPERANDS = 32 << 10  # bytes of keys and values in a block, at most, and as many of queries and results
+MODEST = 16 << 10  # bytes of keys and values in a block that are not too many for any device's registers and memory
 ALIGNED = 16  # places in a mask at whose multiples blocks begin
 
 
@@ -48,9 +48,8 @@ def power_of(score, most):
 
 @triton.jit
 def hidden(beyond):
-    """-inf for positive integers, else 0. (Comparing them needs more of the few registers that AMD has for
-    conditions.)"""
-    return tl.maximum(beyond, 0).to(tl.float32) * 3e38 * -3e38
+    """-inf for positive integers, else 0, made of their signs: AMD has few registers for conditions."""
+    return ((-beyond >> 31) & -0x800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -170,33 +169,34 @@ def attention(
 
 
 _SIZES = ("keys", "rows", "heads", "dim", "bits")
+
+
+def _steps(sizes: Mapping[str, int], choice: Choice) -> float:
+    split = choice.constants["SPLIT"]
+    blocks = triton.cdiv(sizes["keys"], choice.constants["BLOCK_N"] * split)
+    return 6 + 2 * blocks / choice.stages + (4 + split / 4 if split > 1 else 0)
+
+
 _HELPERS = (tanh, power_of, hidden, is_last, rounded)
 DECODE = Kernel(
     "decode_attention", attention, _SIZES,
     {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64, 128), "SPLIT": (1, 2, 4, 8, 16, 32, 64),
      "warps": (2, 4, 8), "stages": (1, 2, 3)},
-    Choice(constants={"BLOCK_M": 64, "BLOCK_N": 64, "SPLIT": 16}, warps=4, stages=2), _HELPERS,
+    Choice(constants={"BLOCK_M": 64, "BLOCK_N": 64, "SPLIT": 16}, warps=4, stages=2), _HELPERS, _steps,
 )  # fmt: skip
 PREFILL = Kernel(
     "prefill_attention", attention, _SIZES,
     {"BLOCK_M": (32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "SPLIT": (1, 2), "warps": (4, 8), "stages": (1, 2, 3)},
-    Choice(constants={"BLOCK_M": 64, "BLOCK_N": 32, "SPLIT": 1}, warps=4, stages=2), _HELPERS,
+    Choice(constants={"BLOCK_M": 64, "BLOCK_N": 32, "SPLIT": 1}, warps=4, stages=2), _HELPERS, _steps,
 )  # fmt: skip
 
 
 @functools.lru_cache(1024)
-def _fitted(choice: Choice, rows: int, keys: int, width: int, wide: bool, heads: int) -> Choice:
-    """``choice`` without what these sizes have no use or no room for.
-
-    Args:
-        width: bytes of a key and its value, a power of two.
-        wide: whether they are fp32.
-        heads: key heads in all rows of the batch.
-    """
-    most_m = OPERANDS // width
-    most_n = most_m // 2 if wide else most_m  # whose products, on NVIDIA, have their operands in registers
-    block_m = min(choice.constants["BLOCK_M"], max(16, min(most_m, triton.next_power_of_2(rows))))
-    block_n = min(choice.constants["BLOCK_N"], max(16, min(most_n, triton.next_power_of_2(keys))))
+def _fitted(choice: Choice, rows: int, keys: int, heads: int, most_rows: int, most_keys: int) -> Choice:
+    """``choice`` with blocks no larger than there are rows and keys, or than ``most_rows`` and ``most_keys``, and no
+    more splits than blocks. ``heads``: key heads in all rows of the batch."""
+    block_m = min(choice.constants["BLOCK_M"], max(16, min(most_rows, triton.next_power_of_2(rows))))
+    block_n = min(choice.constants["BLOCK_N"], max(16, min(most_keys, triton.next_power_of_2(keys))))
     split = min(choice.constants["SPLIT"], triton.next_power_of_2(max(triton.cdiv(keys, block_n), 1)))
     if heads * triton.cdiv(rows, block_m) > COUNTERS - 2:  # more than there can be counters for
         split = 1
@@ -225,10 +225,16 @@ def decode_attention(
     rows = groups * tokens
     out = torch.empty(batch, tokens, heads, v_dim, dtype=q.dtype, device=q.device)
     block_k, block_v = (max(16, triton.next_power_of_2(dim)) for dim in (k_dim, v_dim))
-    width = triton.next_power_of_2(size * (block_k + block_v))
     kernel = DECODE if rows <= FEW else PREFILL
     sizes = {"keys": keys, "rows": rows, "heads": batch * key_heads, "dim": max(k_dim, v_dim), "bits": 8 * size}
-    choice = _fitted(pick(kernel, q, **sizes), rows, keys, width, size == 4, batch * key_heads)
+    choice = pick(kernel, q, **sizes)
+    most_rows = most_keys = 1 << 16
+    if choice == kernel.default:  # which must do for all sizes and devices
+        most_keys = MODEST // (size * (block_k + block_v))
+        most_rows = 2 * most_keys
+        if size == 4:  # is multiplied out of registers on NVIDIA
+            most_rows, most_keys = min(most_rows, 32), most_keys // 2
+    choice = _fitted(choice, rows, keys, batch * key_heads, most_rows, most_keys)
     block_m, split = choice.constants["BLOCK_M"], choice.constants["SPLIT"]
     programs = batch * key_heads * triton.cdiv(rows, block_m) * split
     given: dict[str, Any] = {}
@@ -259,22 +265,36 @@ def decode_attention(
     return out.transpose(1, 2)
 
 
-def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls as models make them, on the ``meta`` device."""
-
-    def call(heads: int, key_heads: int, dim: int, batch: int, tokens: int, keys: int, how: str) -> torch.Tensor:
-        made = functools.partial(torch.empty, device="meta")
-        q = made(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
-        k, v = (made(batch, key_heads, keys, dim, dtype=dtype) for _ in range(2))
-        kind = {"boolean": torch.bool, "additive": dtype}.get(how)
-        mask = None if kind is None else made(batch, 1, tokens, keys, dtype=kind)
-        live = None if how == "causal" else made(batch, 2, dtype=torch.int64)
-        return decode_attention(q, k, v, mask, live, how == "causal", dim**-0.5, 50.0 if how == "capped" else 0.0)
-
-    models = {"SmolLM2-135M": (9, 3, 64, 2048), "Llama-3-8B": (32, 8, 128, 8192), "Gemma-2-2B": (8, 4, 256, 4096)}
-    for name, (*heads, cache) in models.items():
+def examples(dtype: torch.dtype) -> Iterator[Example]:
+    """Tokens and prompts of SmolLM2-135M, Llama 3 8B and Gemma 2 2B."""
+    models = {"SmolLM2-135M": (9, 3, 64, 2048), "Llama 3 8B": (32, 8, 128, 8192), "Gemma 2 2B": (8, 4, 256, 4096)}
+    for model, (*heads, cache) in models.items():
         for batch in (1, 8):
             for how in ("boolean", "additive", "capped"):
-                yield f"{name}, {batch} rows, {how}", functools.partial(call, *heads, batch, 1, cache, how)
-            yield f"{name}, {batch} prompts, boolean", functools.partial(call, *heads, batch, 512, cache, "boolean")
-            yield f"{name}, {batch} prompts, causal", functools.partial(call, *heads, batch, 512, 512, "causal")
+                yield f"{model}, {batch} tokens, {how}", example(*heads, batch, 1, cache, how, dtype)
+            yield f"{model}, {batch} prompts, boolean", example(*heads, batch, 512, cache, "boolean", dtype)
+            yield f"{model}, {batch} prompts, causal", example(*heads, batch, 512, 512, "causal", dtype)
+
+
+def example(
+    heads: int, key_heads: int, dim: int, batch: int, tokens: int, keys: int, how: str, dtype: torch.dtype
+) -> Callable[[str], Callable[[], object]]:
+    """A call whose last query sees all keys that there is room for.
+
+    Args:
+        how: ``boolean`` or ``additive`` for a mask, ``causal``, or ``capped`` for scores of which no one is too large.
+    """
+
+    def prepare(device: str) -> Callable[[], object]:
+        q = random(batch, tokens, heads, dim, dtype=dtype, device=device).transpose(1, 2)
+        k, v = (random(batch, key_heads, keys, dim, dtype=dtype, device=device) for _ in range(2))
+        live = None if how == "causal" else torch.tensor([[0, keys]], device=device)
+        mask = None
+        if how in ("boolean", "additive"):
+            mask = torch.ones(batch, 1, tokens, keys, dtype=torch.bool, device=device).tril(keys - tokens)
+        if mask is not None and how == "additive":
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        softcap = 50.0 if how == "capped" else 0.0
+        return lambda: decode_attention(q, k, v, mask, live, how == "causal", dim**-0.5, softcap)
+
+    return prepare

@@ -20,7 +20,19 @@ import torch
 from skipc.kernels.device import on_gpu, simulated, simulated_arch, simulating
 from skipc.kernels.tables import Choice, choose
 
-__all__ = ["Kernel", "Launch", "forced", "launch", "on_gpu", "pick", "recorded", "simulated", "simulating"]
+__all__ = [
+    "Example",
+    "Kernel",
+    "Launch",
+    "forced",
+    "launch",
+    "on_gpu",
+    "pick",
+    "random",
+    "recorded",
+    "simulated",
+    "simulating",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +46,8 @@ class Kernel:
             that a tuner may try.
         default: what an unknown device gets: compiles everywhere.
         helpers: functions of ``triton.jit`` that it calls.
-        fits: whether a tuner should try these constants for these sizes.
+        steps: how many loads a program waits for, one after the other, with these constants for these sizes; by which a
+            tuner guesses what is not worth trying.
     """
 
     name: str
@@ -43,13 +56,22 @@ class Kernel:
     space: Mapping[str, tuple[int, ...]]
     default: Choice
     helpers: tuple[Any, ...] = ()
-    fits: Callable[[Mapping[str, int], Choice], bool] = lambda sizes, choice: True
+    steps: Callable[[Mapping[str, int], Choice], float] = lambda sizes, choice: 8.0
 
     @functools.cached_property
     def source(self) -> str:
         """A hash of its code, by which a table knows whether it was made for this kernel."""
         text = "\0".join(inspect.getsource(f.fn) for f in (self.function, *self.helpers))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+Example = tuple[str, Callable[[str], Callable[[], object]]]
+"""A name, and what makes operands as in a real model on a device and returns what launches a kernel on them."""
+
+
+def random(*size: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Operands of an example."""
+    return torch.empty(size, dtype=dtype, device=device).normal_(0.0, 0.02)
 
 
 @dataclass(frozen=True)
@@ -111,7 +133,8 @@ def forced(choices: Mapping[str, Choice]) -> Iterator[None]:
 
 
 @functools.cache
-def _arch_of(index: int) -> str:
+def arch_of_device(index: int) -> str:
+    """The architecture of a GPU, as in the name of a table."""
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(index)
@@ -120,13 +143,13 @@ def _arch_of(index: int) -> str:
 
 def arch_of(t: torch.Tensor) -> str:
     """The architecture that ``t`` is on, as in the name of a table."""
-    return _arch_of(t.device.index or 0) if t.is_cuda else simulated_arch() or _mode.get().arch
+    return arch_of_device(t.device.index or 0) if t.is_cuda else simulated_arch() or _mode.get().arch
 
 
 @functools.cache
 def units_of(arch: str) -> int:
     """How many multiprocessors a device of ``arch`` has (of the one at hand, if it is such a one)."""
-    if torch.cuda.is_available() and _arch_of(torch.cuda.current_device()) == arch:
+    if torch.cuda.is_available() and arch_of_device(torch.cuda.current_device()) == arch:
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
     return {"sm_80": 108, "sm_90": 132, "gfx942": 304}.get(arch, 64)
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from skipc.kernels.gpu.kernel import Kernel, launch, pick
+from skipc.kernels.gpu.kernel import Example, Kernel, launch, pick, random
 from skipc.kernels.gpu.phases import arrive, is_last, leave, reset, take_ticket, wait
 from skipc.kernels.gpu.rounding import by_hand, rounded
 from skipc.kernels.gpu.workspace import counters
@@ -233,12 +233,15 @@ ROWS = Kernel(
      "warps": (2, 4, 8), "stages": (1, 2, 3)},
     Choice(constants={"BLOCK_N": 128, "BLOCK_K": 256, "BLOCK_R": 16, "SPLIT_K": 4}, warps=4, stages=2),
     (*_HELPERS, part_of_bridge, take_ticket, arrive, wait, is_last, reset, leave),
+    lambda sizes, c: 6 + max(-(-sizes["k"] // (c.constants["BLOCK_K"] * max(c.constants["SPLIT_K"], 1))), 1)
+    + (3 if c.constants["SPLIT_K"] else 0),
 )  # fmt: skip
 TILES = Kernel(
     "lora_tiles", lora_tiles, ("rows", "k", "n", "bits"),
     {"BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128), "BLOCK_K": (32, 64, 128), "BLOCK_R": (16, 32),
      "warps": (4, 8), "stages": (2, 3, 4)},
     Choice(constants={"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16}, warps=4, stages=2), _HELPERS,
+    lambda sizes, c: 6 + -(-sizes["k"] // c.constants["BLOCK_K"]) / c.stages,
 )  # fmt: skip
 
 _rooms: dict[int, tuple[Any, int]] = {}
@@ -251,7 +254,7 @@ def room_of(where: torch.Tensor) -> int:
         RuntimeError: if that would be while a graph is captured.
     """
     if where.is_meta:
-        return 128
+        return 64
     owner, room = _rooms.get(id(where), (None, 0))
     if owner is None or owner() is not where:
         if where.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -293,8 +296,8 @@ def _launch(x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, Any]], table: 
         given |= {f"{name}_{i}": value for name, value in zip(names, values, strict=True)}
     given |= {"PACKED": packed, "PACK": PACK, "BY_HAND": by_hand(x.dtype)}
     room = max(room_of(operands[2]) for _, operands in layers)
-    size = x.element_size()
-    moved = size * (x.numel() + rows * room * sum(k + n for n in widths) + 2 * rows * sum(widths))
+    different = min(rows, layers[0][1][2].shape[0])  # adapters, at most
+    moved = x.element_size() * (x.numel() + different * room * sum(k + n for n in widths) + 2 * rows * sum(widths))
     measures: dict[str, Any] = {
         "sizes": sizes, "moved": moved, "operations": 2 * rows * room * sum(k + n for n in widths)
     }  # fmt: skip
@@ -314,7 +317,7 @@ def _launch(x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, Any]], table: 
     launch(ROWS, choice, (programs,), given, **measures)
 
 
-def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+def examples(dtype: torch.dtype) -> Iterator[Example]:
     """Launches as in models: q, k and v, o, gate and up, and down of SmolLM2-135M and of Llama 3 8B, for a few rows and
     for many."""
     shapes = {
@@ -324,14 +327,22 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     for model, layers in shapes.items():
         for rows in (1, 8, 512):
             for k, widths in layers:
-                yield f"{model}, {rows} rows, {k} to {widths}", partial(_example, rows, k, widths, dtype)
+                yield f"{model}, {rows} rows, {k} to {widths}", example(rows, k, widths, dtype)
 
 
-def _example(rows: int, k: int, widths: Sequence[int], dtype: torch.dtype) -> None:
-    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
+def example(rows: int, k: int, widths: Sequence[int], dtype: torch.dtype) -> Callable[[str], Callable[[], object]]:
+    """Layers of ``widths`` with an input of ``rows`` that take turns among eight adapters of rank 16."""
+    return partial(_example, rows, k, widths, dtype)
 
-    memory = empty(1 << 24)
-    lora = [t for _ in widths for t in (memory, memory, empty(8, 4, dtype=torch.int64), empty(8, dtype=torch.float32))]
-    lora += [empty(1 << 16, dtype=torch.int64), empty(1 << 16, dtype=torch.float32)]
-    add_adapters([empty(rows, n) for n in widths], empty(rows, k), lora)
+
+def _example(rows: int, k: int, widths: Sequence[int], dtype: torch.dtype, device: str) -> Callable[[], object]:
+    slots, rank = 8, 16
+    lora: list[Any] = []
+    for n in widths:
+        places = [[rank, slot * rank * (k + n), slot * rank * (k + n) + rank * k, 64] for slot in range(slots)]
+        memory = random(slots * rank * (k + n), dtype=dtype, device=device)
+        lora += [memory, memory, torch.tensor(places, device=device), torch.ones(slots, device=device)]
+    table = torch.tensor([rows, 1, *(row % slots for row in range(rows))], device=device)
+    outs, x = [random(rows, n, dtype=dtype, device=device) for n in widths], random(rows, k, dtype=dtype, device=device)
+    lora += [table, torch.ones(len(table), device=device)]
+    return lambda: add_adapters(outs, x, lora)

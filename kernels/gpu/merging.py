@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from skipc.kernels.gpu.kernel import Kernel, launch, pick
+from skipc.kernels.gpu.kernel import Example, Kernel, launch, pick, random
 from skipc.kernels.gpu.lora import room_of, second_of
 from skipc.kernels.gpu.rounding import by_hand, rounded
 from skipc.kernels.lora import OPERANDS, PACK, Lora
@@ -74,6 +74,7 @@ SWITCH = Kernel(
     "merge_weights", merge_weights, ("count", "bits"),
     {"BLOCK_N": (32, 64, 128), "BLOCK_K": (64, 128), "BLOCK_R": (16, 32), "warps": (4, 8), "stages": (1, 2)},
     Choice(constants={"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16}, warps=4, stages=1), (second_of, rounded),
+    lambda sizes, c: 4 + 3 * sizes["count"],
 )  # fmt: skip
 
 _tables: OrderedDict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = OrderedDict()
@@ -160,21 +161,22 @@ def _table_of(
     return table, owners
 
 
-def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """All linear layers of SmolLM2-135M, and of a layer of Llama 3 8B; one adapter, and two of which one is taken
-    out."""
-    models = {"smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)] * 30, "llama3": [(4096, 4096), (14336, 4096)]}
-    for model, shapes in models.items():
+def examples(dtype: torch.dtype) -> Iterator[Example]:
+    """All linear layers of SmolLM2-135M, and two of Llama 3 8B; one adapter, and two of which one is taken out."""
+    small = [(576, 576), (192, 576), (1536, 576), (576, 1536)]
+    for model, shapes in {"smollm2": small * 30, "llama3": [(4096, 4096), (14336, 4096)]}.items():
         for count in (1, 2):
             yield f"{model}, {count} adapters", partial(_example, shapes, count, dtype)
 
 
-def _example(shapes: Sequence[tuple[int, int]], count: int, dtype: torch.dtype) -> None:
-    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    memory = empty(1 << 24)
-    lora = [t for _ in shapes for t in (memory, memory, empty(8, 4, dtype=torch.int64), empty(8, dtype=torch.float32))]
-    weights, merged = ([empty(*shape) for shape in shapes] for _ in range(2))
-    slots, factors = empty(count, dtype=torch.int64), empty(count, dtype=torch.float32)
-    merge_lora(weights, merged, lora, [False] * len(shapes), slots, factors)
+def _example(shapes: Sequence[tuple[int, int]], count: int, dtype: torch.dtype, device: str) -> Callable[[], object]:
+    rank = 16
+    lora: list[Any] = []
+    for n, k in shapes:
+        memory = random(2 * rank * (k + n), dtype=dtype, device=device)
+        places = [[rank, slot * rank * (k + n), slot * rank * (k + n) + rank * k, 64] for slot in range(2)]
+        lora += [memory, memory, torch.tensor(places, device=device), torch.ones(2, device=device)]
+    weights = [random(*shape, dtype=dtype, device=device) for shape in shapes]
+    merged = [torch.empty_like(w) for w in weights]
+    slots, factors = torch.arange(count, device=device), torch.tensor([1.0, -1.0][:count], device=device)
+    return lambda: merge_lora(weights, merged, lora, [False] * len(shapes), slots, factors)

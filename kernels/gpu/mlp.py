@@ -13,7 +13,7 @@ costs no launch and the host never waits for a decision."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from skipc.kernels.gpu.kernel import Kernel, launch, pick
+from skipc.kernels.gpu.kernel import Example, Kernel, launch, pick, random
 from skipc.kernels.gpu.phases import arrive, is_last, reset, take_ticket, wait
 from skipc.kernels.gpu.rounding import by_hand, rounded
 from skipc.kernels.gpu.workspace import counters
@@ -240,16 +240,28 @@ def mlp_rows(
         reset(sync, 1)
 
 
+def _linear_steps(sizes: Mapping[str, int], choice: Choice) -> float:
+    k, c = sizes["k"], choice.constants
+    blocks = -(-k // c["BLOCK_K"])
+    return 2 + -(-k // c["BLOCK_X"]) + blocks / (choice.stages if sizes["rows"] > 1 else 1)
+
+
+def _mlp_steps(sizes: Mapping[str, int], choice: Choice) -> float:
+    """Of both phases."""
+    second = -(-sizes["inner"] // choice.constants["BLOCK_K"]) / (choice.stages if sizes["rows"] > 1 else 1)
+    return _linear_steps(sizes, choice) + 4 + second
+
+
 _SPACE = {"BLOCK_N": (8, 16, 32), "BLOCK_K": (128, 256, 512), "BLOCK_X": (512, 1024), "warps": (2, 4, 8),
           "stages": (1, 2, 3)}  # fmt: skip
 LINEAR = Kernel(
     "linear_rows", linear_rows, ("rows", "k", "n", "bits"), _SPACE, Choice(constants={"BLOCK_N": 16, "BLOCK_K": 256,
-    "BLOCK_X": 512}, warps=4, stages=2), (factor_of, products, rounded),
+    "BLOCK_X": 512}, warps=4, stages=2), (factor_of, products, rounded), _linear_steps,
 )  # fmt: skip
 MLP = Kernel(
     "mlp_rows", mlp_rows, ("rows", "k", "inner", "n", "bits"), {"BLOCK_I": (8, 16, 32), **_SPACE},
     Choice(constants={"BLOCK_I": 16, "BLOCK_N": 16, "BLOCK_K": 256, "BLOCK_X": 512}, warps=4, stages=2),
-    (factor_of, products, activate, decide, rounded, arrive, is_last, reset, take_ticket, wait),
+    (factor_of, products, activate, decide, rounded, arrive, is_last, reset, take_ticket, wait), _mlp_steps,
 )  # fmt: skip
 
 
@@ -378,30 +390,30 @@ def mlp(
     return out
 
 
-def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+def examples(dtype: torch.dtype) -> Iterator[Example]:
     """Gated MLPs that may be skipped and that decide, whole and thin; low-rank maps; and linear layers, of SmolLM2-135M
     and of Llama 3 8B."""
     for model, width, inner in (("smollm2", 576, 1536), ("llama3", 4096, 14336)):
         for rows in (1, 8):
-            yield f"{model}, {rows} rows, MLP", partial(_example, rows, width, inner, dtype)
-            yield f"{model}, {rows} rows, thin MLP", partial(_example, rows, width, inner // 4, dtype)
-            yield f"{model}, {rows} rows, low rank", partial(_example, rows, width, 64, dtype, False)
+            yield f"{model}, {rows} rows, MLP", partial(_example, rows, width, inner, True, dtype)
+            yield f"{model}, {rows} rows, thin MLP", partial(_example, rows, width, inner // 4, True, dtype)
+            yield f"{model}, {rows} rows, low rank", partial(_example, rows, width, 64, False, dtype)
             yield f"{model}, {rows} rows, linear", partial(_linear_example, rows, width, inner, dtype)
 
 
-def _empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
+def _example(rows: int, width: int, inner: int, gated: bool, dtype: torch.dtype, device: str) -> Callable[[], object]:
+    x, norm = random(rows, width, dtype=dtype, device=device), random(width, dtype=dtype, device=device)
+    first, up = (random(inner, width, dtype=dtype, device=device) for _ in range(2))
+    down, out = random(width, inner, dtype=dtype, device=device), torch.empty_like(x)
+    flags, moments = torch.zeros(60, dtype=torch.int8, device=device), torch.zeros(rows, 3, device=device)
+    gate = Gate(flags, 3, moments, torch.zeros_like(flags), 2.0)
+    if gated:
+        return lambda: mlp(x, first, up, down, 0, norm, 1e-5, None, x, out, gate)
+    return lambda: mlp(x, first, None, down, NO_ACTIVATION, norm, 1e-5, norm, x, out)
 
 
-def _example(rows: int, width: int, inner: int, dtype: torch.dtype, gated: bool = True) -> None:
-    x, first = _empty(rows, width, dtype=dtype), _empty(inner, width, dtype=dtype)
-    down, norm = _empty(width, inner, dtype=dtype), _empty(width, dtype=dtype)
-    flags, moments = _empty(60, dtype=torch.int8), _empty(rows, 3, dtype=torch.float32)
-    gate = Gate(flags, 3, moments, flags, 0.9) if gated else None
-    bias = None if gated else _empty(width, dtype=dtype)
-    mlp(x, first, first if gated else None, down, 0 if gated else NO_ACTIVATION, norm, 1e-5, bias, x, x, gate)
-
-
-def _linear_example(rows: int, width: int, inner: int, dtype: torch.dtype) -> None:
-    x, weight = _empty(rows, width, dtype=dtype), _empty(inner, width, dtype=dtype)
-    linear(x, weight, None, _empty(width, dtype=dtype), 1e-5, gate=Gate(_empty(60, dtype=torch.int8), 3))
+def _linear_example(rows: int, width: int, inner: int, dtype: torch.dtype, device: str) -> Callable[[], object]:
+    x, norm = random(rows, width, dtype=dtype, device=device), random(width, dtype=dtype, device=device)
+    weight, out = random(inner, width, dtype=dtype, device=device), random(rows, inner, dtype=dtype, device=device)
+    gate = Gate(torch.zeros(60, dtype=torch.int8, device=device), 3)
+    return lambda: linear(x, weight, None, norm, 1e-5, out=out, gate=gate)

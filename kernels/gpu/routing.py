@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-from skipc.kernels.gpu.kernel import Kernel, launch, pick
+from skipc.kernels.gpu.kernel import Example, Kernel, launch, pick, random
 from skipc.kernels.lora import MOST, adapters_wanted
 from skipc.kernels.routing import HEADER, places
 from skipc.kernels.tables import Choice
@@ -61,6 +61,7 @@ ROUTE = Kernel(
     "route", route, ("rows", "width", "bits"),
     {"BLOCK_E": (EXPERTS,), "BLOCK_K": (64, 128), "warps": (4, 8), "stages": (1, 2)},
     Choice(constants={"BLOCK_E": EXPERTS, "BLOCK_K": 64}, warps=4, stages=1),
+    steps=lambda sizes, c: 4 + -(-sizes["width"] // c.constants["BLOCK_K"]),
 )  # fmt: skip
 
 
@@ -85,16 +86,17 @@ def route_tokens(x: torch.Tensor, router: torch.Tensor, table: torch.Tensor, gat
     launch(ROUTE, pick(ROUTE, x, **sizes), (len(rows),), given, sizes=sizes, moved=moved, operations=operations)
 
 
-def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+def examples(dtype: torch.dtype) -> Iterator[Example]:
     """A decode step and a prompt, of SmolLM2-135M and of Llama 3 8B."""
     for model, width in (("smollm2", 576), ("llama3", 4096)):
         for rows in (8, 512):
             yield f"{model}, {rows} tokens", partial(_example, rows, width, dtype)
 
 
-def _example(rows: int, width: int, dtype: torch.dtype) -> None:
-    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    router = empty(places(EXPERTS, width), dtype=torch.float32)
-    route_tokens(empty(rows, width), router, empty(1 << 16, dtype=torch.int64), empty(1 << 16, dtype=torch.float32))
+def _example(rows: int, width: int, dtype: torch.dtype, device: str) -> Callable[[], object]:
+    experts, most = 8, 2
+    router = random(places(experts, width), dtype=torch.float32, device=device)
+    router[: HEADER + experts] = torch.tensor([experts, width, most, 1, *range(experts)], device=device)
+    table = torch.zeros(2 + rows * MOST, dtype=torch.int64, device=device)
+    x, gates = random(rows, width, dtype=dtype, device=device), torch.zeros(len(table), device=device)
+    return lambda: route_tokens(x, router, table, gates)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.util
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -59,6 +64,24 @@ def config_patches(config: Config) -> dict[str, Any]:
     return patches
 
 
+@functools.cache
+def source_tag() -> str:
+    """A digest of skipc's own code, which Inductor's caches do not see: of the operations that it puts into graphs they
+    know the names alone."""
+    package = Path(str(importlib.util.find_spec("skipc").origin)).parent  # type: ignore[union-attr]
+    roots = [package, *(Path(str(sys.modules[f"skipc.{name}"].__file__)).parent for name in ("passes", "kernels"))]
+    digest = hashlib.sha256()
+    for path in sorted({p for root in roots for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h")}):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _tagged() -> AbstractContextManager[None]:
+    """What is compiled in here is found again in Inductor's caches, of any kind, by this version of skipc alone."""
+    tag = f"{torch.compiler.config.cache_key_tag} skipc {source_tag()}"
+    return torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined,no-any-return]
+
+
 def compile_whole(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     """Plain Inductor on a whole Dynamo graph, settings included."""
     from torch._inductor.compile_fx import compile_fx
@@ -66,7 +89,8 @@ def compile_whole(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     patches = config_patches(config)
     if config.mode in ("reduce-overhead", "max-autotune"):
         patches.update(torch._inductor.list_mode_options(config.mode))
-    whole: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    with _tagged():
+        whole: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return whole
 
 
@@ -139,7 +163,7 @@ def compile_region(gm: fx.GraphModule, config: Config, checked: bool = True) -> 
     if not checked:
         patches = {"size_asserts": False, "alignment_asserts": False, **patches}
     context = TracingContext(mode)
-    with tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
+    with tracing(context), torch._functorch.config.patch(enable_autograd_cache=False), _tagged():
         compiled: Any = compile_fx(gm, values, inner_compile=keep_inner, config_patches=patches)
     function = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None
     if function is not None and _wrapper_does_nothing(context.fw_metadata, values):

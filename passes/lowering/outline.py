@@ -35,6 +35,7 @@ from skipc.passes.residual import Streams
 from skipc.passes.substitute_weights import weight_name
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from skipc.ir.config import Config
 from skipc.ir.program import Arm, Gather, Layout, ProgramSpec, Queries, Size, Step, Var
@@ -76,6 +77,7 @@ class Outline:
             exposed=self._exposed(streams, output),
             extent=_extent(tensor(streams.junctions[-1].add), placeholders),
             batch=_extent(_with_rows(streams), placeholders)[0],
+            reads=any(free_unbacked_symbols(n.meta.get("example_value")) for n in self.flow.nodes),
         )
 
     def _exposed(self, streams: Streams, output: fx.Node) -> tuple[int, ...]:

@@ -1,15 +1,37 @@
-"""What tests of Triton kernels share: adapters in slots, and the interpreter beside fp64."""
+"""What tests of Triton kernels share: a GPU, adapters in slots, and fp64 beside them.
+
+The GPU is simulated: tensors are on the CPU, and Triton's interpreter runs the kernels. With ``SKIPC_TEST_DEVICE=cuda``
+the same tests run on a real one (``benchmarks/gpu_check.py``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from skipc.kernels.device import simulated
 from skipc.kernels.lora import pack
 from skipc.kernels.memory import aligned
 
+DEVICE = os.environ.get("SKIPC_TEST_DEVICE", "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def a_gpu() -> Iterator[None]:
+    """Tensors that are made in here are on it."""
+    if DEVICE == "cpu":
+        with simulated():
+            yield
+        return
+    torch.set_default_device(DEVICE)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
 
 
 def slots_of(k: int, n: int, ranks: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:

@@ -8,13 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from skipc.kernels.device import simulated
 from skipc.kernels.gpu import lora
 from skipc.kernels.gpu.kernel import forced, recorded
 from skipc.kernels.lora import add_lora, nobody_wants_adapters
 from skipc.kernels.tables import Choice
 
-from tests.kernels.gpu import DTYPES, assert_close, in_double, slots_of, table_of
+from tests.kernels.gpu import DTYPES, a_gpu, assert_close, in_double, slots_of, table_of
 
 RANKS = (3, 16, 0, 17)
 
@@ -22,7 +21,7 @@ RANKS = (3, 16, 0, 17)
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
-    with simulated():
+    with a_gpu():
         yield
 
 
@@ -136,7 +135,8 @@ def test_a_row_does_not_depend_on_the_others(split: int) -> None:
 
 
 def test_slots_are_read_at_each_launch() -> None:
-    """Another adapter in the same place, and a table that says something else, where kernels were given tensors once."""
+    """Another adapter in the same place, and a table that says something else, where kernels were given tensors
+    once."""
     operands, x = slots_of(32, 20, (4, 4), torch.float32), torch.randn(2, 32)
     table, gates = table_of([[0], [1]])
     with forced(rows_choice(2)):

@@ -6,19 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from skipc.kernels.device import simulated
 from skipc.kernels.gpu import merging, routing
 from skipc.kernels.gpu.kernel import recorded
 from skipc.kernels.merging import merge_lora
 from skipc.kernels.routing import route_tokens
 
-from tests.kernels.gpu import DTYPES, assert_close, in_double, slots_of
+from tests.kernels.gpu import DTYPES, a_gpu, assert_close, in_double, slots_of
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
-    with simulated():
+    with a_gpu():
         yield
 
 

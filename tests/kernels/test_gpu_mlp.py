@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from skipc.kernels.device import simulated
 from skipc.kernels.gpu import mlp
 from skipc.kernels.gpu.kernel import forced, recorded
 from skipc.kernels.similarity import RULE_CODES, reached, stream_moments
 from skipc.kernels.tables import Choice
 
-from tests.kernels.gpu import DTYPES, assert_close
+from tests.kernels.gpu import DTYPES, a_gpu, assert_close
 
 SMALL = {
     "mlp_rows": Choice(constants={"BLOCK_I": 16, "BLOCK_N": 16, "BLOCK_K": 32, "BLOCK_X": 32}),
@@ -25,7 +24,7 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
-    with simulated(), forced(SMALL):
+    with a_gpu(), forced(SMALL):
         yield
 
 

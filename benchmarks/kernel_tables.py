@@ -1,0 +1,174 @@
+"""Makes the tables of constants that come with skipc for GPUs, without a GPU, and the table of what compilers made of
+the kernels for the docs.
+
+For each kernel and class of sizes: choices are ranked by what they are guessed to take, the best ones are compiled for
+the architecture, and of those that spill no register and fit into shared memory the one with the best guess is taken (a
+guess that now knows how many programs fit on a multiprocessor). Nothing is measured, and the tables say so; ``skipc
+autotune`` on a GPU does better.
+
+Run: python benchmarks/kernel_tables.py [--arch sm_90] [--docs docs/kernels.md] [--only-docs]
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import click
+import torch
+from common import console
+from skipc.kernels.gpu.catalog import KERNELS, Case, cases
+from skipc.kernels.gpu.kernel import Launch, forced, recorded
+from skipc.kernels.gpu.model import choices, floor, predicted
+from skipc.kernels.gpu.offline import ARCHS, Arch, Binary, compiled
+from skipc.kernels.tables import SHIPPED, Choice, Entry, Row, Table, forget
+
+HEAD = """# Kernels
+
+Made by `benchmarks/kernel_tables.py`, on a machine without a GPU: Triton's compilers and the vendors' assemblers ran, no
+kernel did. *Spills* are bytes of a thread that went to memory, *occupancy* is the share of a multiprocessor's threads that
+fit on it, *moved* what a launch reads and writes, each byte once, and *floor* that at the bandwidth that the data sheet
+states (or its operations at the tensor cores' rate). A floor is no promise of a speed.
+"""
+COMPILED = 6  # choices of a class
+DTYPES = (torch.bfloat16, torch.float32)  # fp16 compiles to what bf16 does, with other instructions
+BITS = {"16 bits": (16, 16), "32 bits": (32, 32)}
+# By what else a kernel's constants should differ: a size, and the largest value of the lower class.
+SPLITS: Mapping[str, tuple[str, int]] = {
+    "lora_rows": ("k", 2048),
+    "mlp_rows": ("rows", 1),
+    "linear_rows": ("rows", 1),
+    "decode_attention": ("dim", 64),
+    "prefill_attention": ("dim", 64),
+}
+
+
+def classes(kernel: str) -> Iterator[dict[str, tuple[int, int]]]:
+    """Ranges of sizes, of which each has a row of its own."""
+    for bits in BITS.values():
+        if kernel not in SPLITS:
+            yield {"bits": bits}
+            continue
+        size, last = SPLITS[kernel]
+        yield {"bits": bits, size: (0, last)}
+        yield {"bits": bits, size: (last + 1, 1 << 30)}
+
+
+@functools.cache
+def binary_of(arch: Arch, key: tuple[object, ...]) -> Binary | None:
+    """What the compiler makes of a launch; None if it refuses."""
+    try:
+        return compiled(_launches[key], arch)
+    except Exception as error:
+        console.print(f"[yellow]{arch.name}: {key[0]}: {type(error).__name__}[/yellow]")
+        return None
+
+
+_launches: dict[tuple[object, ...], Launch] = {}
+
+
+def compile_(launch: Launch, arch: Arch) -> Binary | None:
+    """The same; launches that differ in nothing that a compiler sees are compiled once."""
+    kinds = tuple(
+        (name, str(v.dtype)) if isinstance(v, torch.Tensor)
+        else (name, v if isinstance(v, bool | None) or v == 1 or name.isupper() else (type(v).__name__, v % 16 == 0))
+        for name, v in sorted(launch.arguments.items())
+    )  # fmt: skip
+    key = (launch.kernel.name, launch.choice, kinds)
+    _launches[key] = launch
+    return binary_of(arch, key)
+
+
+def fits(binary: Binary | None, arch: Arch) -> bool:
+    """Whether it may be shipped."""
+    return binary is not None and not binary.spills and binary.shared <= arch.shared and binary.programs(arch) > 0
+
+
+@functools.cache
+def _run_of(case: Case) -> Callable[[], object]:
+    return case.prepare("meta")
+
+
+def with_choice(case: Case, arch: Arch, choice: Choice) -> Launch | None:
+    """The launch of a case, with other constants; None if the kernel does not have them."""
+    with recorded(arch.name) as launches, forced({case.launch.kernel.name: choice}):
+        _run_of(case)()
+    return next((x for x in launches if x.kernel is case.launch.kernel), None)
+
+
+def best(found: list[Case], arch: Arch) -> Choice | None:
+    """The choice for cases of one class."""
+    kernel = found[0].launch.kernel
+    guessed: dict[Choice, float] = {}
+    for choice in (*choices(kernel), kernel.default):
+        launches = [with_choice(case, arch, choice) for case in found]
+        guessed[choice] = sum(predicted(x, arch) / floor(x, arch) for x in launches if x is not None)
+    ranked = sorted(guessed, key=guessed.__getitem__)
+    made: dict[Choice, float] = {}
+    for choice in ranked:
+        launches = [x for case in found if (x := with_choice(case, arch, choice)) is not None]
+        binaries = [compile_(x, arch) for x in launches]
+        if all(fits(b, arch) for b in binaries):
+            pairs = zip(launches, binaries, strict=True)
+            made[choice] = sum(predicted(x, arch, b) / floor(x, arch) for x, b in pairs)
+        if len(made) == COMPILED:
+            break
+    return min(made, key=made.__getitem__) if made else None
+
+
+def make(arch: Arch) -> Table:
+    """The table of an architecture."""
+    every = list(cases(arch.name, DTYPES))
+    entries = {}
+    for name, kernel in KERNELS.items():
+        mine = [case for case in every if case.launch.kernel is kernel]
+        rows = []
+        for when in classes(name):
+            inside = [c for c in mine if all(low <= c.launch.sizes[n] <= high for n, (low, high) in when.items())]
+            choice = best(inside, arch) if inside else None
+            console.print(f"{arch.name} {name} {when}: {choice if choice is None else dict(choice.constants)}")
+            if choice is not None:
+                rows.append(Row(when=when, constants=choice.constants, warps=choice.warps, stages=choice.stages))
+        entries[name] = Entry(source=kernel.source, rows=tuple(rows))
+    return Table(arch=arch.name, kernels=entries)
+
+
+def docs() -> str:
+    """What compilers made of the kernels with the constants that are shipped."""
+    lines = [HEAD]
+    for arch in ARCHS.values():
+        lines += [f"## {arch.name}", "", "| kernel | case | constants | registers | spills | shared, KB | occupancy | "
+                  "tensor | 16-byte loads | moved, KB | floor, us |", "|" + " --- |" * 11]  # fmt: skip
+        for case in cases(arch.name, (torch.bfloat16,)):
+            binary, x = compile_(case.launch, arch), case.launch
+            assert binary is not None
+            constants = " ".join(str(v) for v in x.choice.constants.values())
+            total = binary.wide + binary.narrow
+            lines.append(
+                f"| {x.kernel.name} | {case.name} | {constants}, {x.choice.warps} warps, {x.choice.stages} stages | "
+                f"{binary.registers} | {binary.spills} | {binary.shared / 1024:.1f} | {binary.occupancy(arch):.0%} | "
+                f"{binary.tensor} | {binary.wide} of {total} | {x.moved / 1e3:.0f} | {floor(x, arch) * 1e6:.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--arch", "names", multiple=True, type=click.Choice(list(ARCHS)), help="All by default.")
+@click.option("--docs", "path", type=click.Path(path_type=Path), help="Write the table for the docs here.")
+@click.option("--only-docs", is_flag=True, help="Leave the tables as they are.")
+def main(names: tuple[str, ...], path: Path | None, only_docs: bool) -> None:
+    """Entry point."""
+    if not only_docs:
+        for arch in [ARCHS[n] for n in names or ARCHS]:
+            (SHIPPED / f"{arch.name}.json").unlink(missing_ok=True)
+            forget()
+            make(arch).write(SHIPPED / f"{arch.name}.json")
+            forget()
+    if path is not None:
+        path.write_text(docs())
+
+
+if __name__ == "__main__":
+    main()
