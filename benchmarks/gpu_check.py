@@ -77,7 +77,7 @@ class Report:
             lines += [f"## {name}", ""]
             for key, value in found.items():
                 if isinstance(value, list) and value and isinstance(value[0], dict):
-                    head = list(value[0])
+                    head = list(dict.fromkeys(key for row in value for key in row))
                     lines += ["", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
                     lines += ["| " + " | ".join(str(row.get(h, "")) for h in head) + " |" for row in value]
                     lines.append("")

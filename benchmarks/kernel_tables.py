@@ -26,12 +26,14 @@ from skipc.kernels.tables import SHIPPED, Choice, Entry, Row, Table, forget
 
 HEAD = """# Kernels
 
-Made by `benchmarks/kernel_tables.py`, on a machine without a GPU: Triton's compilers and the vendors' assemblers ran, no
-kernel did. *Spills* are bytes of a thread that went to memory, *occupancy* is the share of a multiprocessor's threads that
-fit on it, *moved* what a launch reads and writes, each byte once, and *floor* that at the bandwidth that the data sheet
-states (or its operations at the tensor cores' rate). A floor is no promise of a speed.
+Made by `benchmarks/kernel_tables.py`, on a machine without a GPU: Triton's compilers and the vendors' assemblers ran,
+no kernel did. *Spills* are bytes of a thread that went to memory, *occupancy* is the share of a multiprocessor's
+threads that fit on it, *moved* what a launch reads and writes, each byte once, and *floor* that at the bandwidth that
+the data sheet states (or its operations at the tensor cores' rate). A floor is no promise of a speed.
 """
-COMPILED = 6  # choices of a class
+COMPILED = 2  # choices of a class that may be shipped
+TRIED = 12  # choices that are compiled, and the default
+LOOKED_AT = 2  # cases of a class, to choose by; the tests look at all
 DTYPES = (torch.bfloat16, torch.float32)  # fp16 compiles to what bf16 does, with other instructions
 BITS = {"16 bits": (16, 16), "32 bits": (32, 32)}
 # By what else a kernel's constants should differ: a size, and the largest value of the lower class.
@@ -97,28 +99,36 @@ def with_choice(case: Case, arch: Arch, choice: Choice) -> Launch | None:
     return next((x for x in launches if x.kernel is case.launch.kernel), None)
 
 
-def best(found: list[Case], arch: Arch) -> Choice | None:
-    """The choice for cases of one class."""
+def best(found: list[Case], arch: Arch, first: Choice | None) -> Choice | None:
+    """The choice for cases of one class; ``first``, if that may be shipped."""
     kernel = found[0].launch.kernel
+    if first is not None and all(fits(compile_(x, arch), arch) for c in found if (x := with_choice(c, arch, first))):
+        return first
     guessed: dict[Choice, float] = {}
     for choice in (*choices(kernel), kernel.default):
         launches = [with_choice(case, arch, choice) for case in found]
         guessed[choice] = sum(predicted(x, arch) / floor(x, arch) for x in launches if x is not None)
     ranked = sorted(guessed, key=guessed.__getitem__)
     made: dict[Choice, float] = {}
-    for choice in ranked:
+    for choice in (*ranked[:TRIED], kernel.default):
         launches = [x for case in found if (x := with_choice(case, arch, choice)) is not None]
-        binaries = [compile_(x, arch) for x in launches]
-        if all(fits(b, arch) for b in binaries):
-            pairs = zip(launches, binaries, strict=True)
-            made[choice] = sum(predicted(x, arch, b) / floor(x, arch) for x, b in pairs)
+        if all(fits(compile_(x, arch), arch) for x in launches):  # none after the first that does not
+            made[choice] = sum(predicted(x, arch, compile_(x, arch)) / floor(x, arch) for x in launches)
         if len(made) == COMPILED:
             break
     return min(made, key=made.__getitem__) if made else None
 
 
-def make(arch: Arch) -> Table:
-    """The table of an architecture."""
+def _different(found: list[Case]) -> list[Case]:
+    """Some cases, as different in size as there are."""
+    by_bytes = sorted(found, key=lambda case: case.launch.moved)
+    if len(by_bytes) <= LOOKED_AT:
+        return by_bytes
+    return [by_bytes[i * (len(by_bytes) - 1) // (LOOKED_AT - 1)] for i in range(LOOKED_AT)]
+
+
+def make(arch: Arch, like: Table | None) -> Table:
+    """The table of an architecture. ``like``: one of another, whose choices are kept where they may be shipped."""
     every = list(cases(arch.name, DTYPES))
     entries = {}
     for name, kernel in KERNELS.items():
@@ -126,7 +136,8 @@ def make(arch: Arch) -> Table:
         rows = []
         for when in classes(name):
             inside = [c for c in mine if all(low <= c.launch.sizes[n] <= high for n, (low, high) in when.items())]
-            choice = best(inside, arch) if inside else None
+            same = [row.choice for row in like.kernels[name].rows if row.when == when] if like is not None else []
+            choice = best(_different(inside), arch, same[0] if same else None) if inside else None
             console.print(f"{arch.name} {name} {when}: {choice if choice is None else dict(choice.constants)}")
             if choice is not None:
                 rows.append(Row(when=when, constants=choice.constants, warps=choice.warps, stages=choice.stages))
@@ -156,15 +167,17 @@ def docs() -> str:
 
 @click.command()
 @click.option("--arch", "names", multiple=True, type=click.Choice(list(ARCHS)), help="All by default.")
+@click.option("--like", type=click.Choice(list(ARCHS)), help="Keep the choices of this table where they fit, too.")
 @click.option("--docs", "path", type=click.Path(path_type=Path), help="Write the table for the docs here.")
 @click.option("--only-docs", is_flag=True, help="Leave the tables as they are.")
-def main(names: tuple[str, ...], path: Path | None, only_docs: bool) -> None:
+def main(names: tuple[str, ...], like: str | None, path: Path | None, only_docs: bool) -> None:
     """Entry point."""
     if not only_docs:
         for arch in [ARCHS[n] for n in names or ARCHS]:
             (SHIPPED / f"{arch.name}.json").unlink(missing_ok=True)
             forget()
-            make(arch).write(SHIPPED / f"{arch.name}.json")
+            others = (SHIPPED / f"{like}.json") if like is not None else None
+            make(arch, Table.read(others) if others is not None else None).write(SHIPPED / f"{arch.name}.json")
             forget()
     if path is not None:
         path.write_text(docs())

@@ -13,7 +13,17 @@ TRITON = (torch.float32, torch.bfloat16, torch.float16)  # that Triton kernels t
 
 library = torch.library.Library("skipc", "DEF")
 
-ON_GPU = ("add_adapters", "decode_attention", "merge_lora", "route_tokens")  # ops that have Triton kernels
+ON_GPU = (  # ops that have Triton kernels
+    "add_adapters",
+    "add_norm",
+    "compact_rows",
+    "decode_attention",
+    "gather_rows",
+    "merge_lora",
+    "norm_rows",
+    "route_tokens",
+    "scatter_rows_",
+)
 
 
 def _on_gpu(name: str) -> Callable[..., Any]:

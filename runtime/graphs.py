@@ -31,7 +31,11 @@ class Captured:
 
     def __init__(self, step: Step, device: torch.device, pool: Any):
         self._graph = torch.cuda.CUDAGraph()
-        with recorded() as launches, own_counters(device) as self._counters, torch.cuda.graph(self._graph, pool=pool):
+        with (
+            recorded(arguments=False) as launches,
+            own_counters(device) as self._counters,
+            torch.cuda.graph(self._graph, pool=pool),
+        ):
             self._outputs = step()
         self.launches = tuple(launches)
         self.pool = self._graph.pool()
@@ -54,7 +58,7 @@ class Imitated:
         self.launches: tuple[Any, ...] = ()
 
     def __call__(self) -> Outputs:
-        with recorded() as launches, _NoHostReads():
+        with recorded(arguments=False) as launches, _NoHostReads():
             made = self._step()
         self.launches = tuple(launches)
         if self._outputs is None:

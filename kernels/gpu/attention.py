@@ -106,14 +106,8 @@ def attention(
         block = tl.multiple_of(block, ALIGNED)
         key = block + tl.arange(0, BLOCK_N)
         seen = (key >= start) & (key < stop)
-        block_k = tl.load(
-            k + places_k,
-            mask=(at_k < K_DIM)[:, None] & seen[None, :], other=0.0,
-        )  # fmt: skip
-        block_v = tl.load(
-            v + places_v,
-            mask=seen[:, None] & (at_v < V_DIM)[None, :], other=0.0,
-        )  # fmt: skip
+        block_k = tl.load(k + places_k, mask=(at_k < K_DIM)[:, None] & seen[None, :], other=0.0)
+        block_v = tl.load(v + places_v, mask=seen[:, None] & (at_v < V_DIM)[None, :], other=0.0)
         if WIDEN:
             block_k, block_v = block_k.to(tl.float32), block_v.to(tl.float32)
         scores = tl.dot(queries, block_k, input_precision="ieee") * scale
@@ -180,7 +174,7 @@ def _steps(sizes: Mapping[str, int], choice: Choice) -> float:
 _HELPERS = (tanh, power_of, hidden, is_last, rounded)
 DECODE = Kernel(
     "decode_attention", attention, _SIZES,
-    {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64, 128), "SPLIT": (1, 2, 4, 8, 16, 32, 64),
+    {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64), "SPLIT": (1, 2, 4, 8, 16, 32, 64),
      "warps": (2, 4, 8), "stages": (1, 2, 3)},
     Choice(constants={"BLOCK_M": 64, "BLOCK_N": 64, "SPLIT": 16}, warps=4, stages=2), _HELPERS, _steps,
 )  # fmt: skip
@@ -237,16 +231,13 @@ def decode_attention(
     choice = _fitted(choice, rows, keys, batch * key_heads, most_rows, most_keys)
     block_m, split = choice.constants["BLOCK_M"], choice.constants["SPLIT"]
     programs = batch * key_heads * triton.cdiv(rows, block_m) * split
-    given: dict[str, Any] = {}
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        letters = ("batch", "head", "token" if name == "q" else "key", "at")
-        given |= {name: tensor, **{f"{name}_{of}": n for of, n in zip(letters, tensor.stride(), strict=True)}}
-    for name, tensor, shape, letters in (
-        ("mask", mask, (batch, heads, tokens, keys), ("batch", "head", "token", "key")),
-        ("live", live, (batch, 2), ("batch", "end")),
-    ):
-        strides = (0,) * len(letters) if tensor is None else tensor.expand(shape).stride()
-        given |= {name: tensor, **{f"{name}_{of}": n for of, n in zip(letters, strides, strict=True)}}
+    given: dict[str, Any] = {
+        **_strided("q", q, "batch", "head", "token", "at"),
+        **_strided("k", k, "batch", "head", "key", "at"),
+        **_strided("v", v, "batch", "head", "key", "at"),
+        **_strided("mask", mask, "batch", "head", "token", "key", shape=(batch, heads, tokens, keys)),
+        **_strided("live", live, "batch", "end", shape=(batch, 2)),
+    }
     planes = (
         torch.empty(programs * block_m * (block_v + 2), dtype=torch.float32, device=q.device) if split > 1 else None
     )
@@ -265,15 +256,22 @@ def decode_attention(
     return out.transpose(1, 2)
 
 
+def _strided(name: str, t: torch.Tensor | None, *letters: str, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """Arguments for a tensor, which is taken to be of this shape, and for its strides."""
+    strides = [0] * len(letters) if t is None else (t if shape is None else t.expand(shape)).stride()
+    return {name: t, **{f"{name}_{letter}": n for letter, n in zip(letters, strides, strict=True)}}
+
+
 def examples(dtype: torch.dtype) -> Iterator[Example]:
     """Tokens and prompts of SmolLM2-135M, Llama 3 8B and Gemma 2 2B."""
     models = {"SmolLM2-135M": (9, 3, 64, 2048), "Llama 3 8B": (32, 8, 128, 8192), "Gemma 2 2B": (8, 4, 256, 4096)}
-    for model, (*heads, cache) in models.items():
+    for model, (heads, key_heads, dim, cache) in models.items():
+        of = functools.partial(example, heads, key_heads, dim, dtype=dtype)
         for batch in (1, 8):
             for how in ("boolean", "additive", "capped"):
-                yield f"{model}, {batch} tokens, {how}", example(*heads, batch, 1, cache, how, dtype)
-            yield f"{model}, {batch} prompts, boolean", example(*heads, batch, 512, cache, "boolean", dtype)
-            yield f"{model}, {batch} prompts, causal", example(*heads, batch, 512, 512, "causal", dtype)
+                yield f"{model}, {batch} tokens, {how}", of(batch=batch, tokens=1, keys=cache, how=how)
+            yield f"{model}, {batch} prompts, boolean", of(batch=batch, tokens=512, keys=cache, how="boolean")
+            yield f"{model}, {batch} prompts, causal", of(batch=batch, tokens=512, keys=512, how="causal")
 
 
 def example(

@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
@@ -33,9 +34,7 @@ def _interpreting() -> Iterator[None]:
     own = {key: _interpreted(value) for key, value in vars(tl).items() if isinstance(value, triton.JITFunction)}
     own["standard"] = _module(tl.standard.__name__)  # by whose functions the interpreter knows sums and maxima
 
-    def everything() -> None: ...
-
-    both = type(everything)(everything.__code__, {"tl": tl, "core": tl.core})
+    both = FunctionType(_interpreted.__code__, {"tl": tl, "core": tl.core})  # only what it sees matters
     nothing = interpreter._LangPatchScope()
     with mock.patch.multiple(tl, **own):
         scope = interpreter._patch_lang(both)

@@ -81,7 +81,7 @@ class Launch:
     Attributes:
         kernel: what was launched.
         grid: how many programs.
-        arguments: of the kernel, by name, constants included.
+        arguments: of the kernel, by name, constants included; none if they were not to be kept.
         sizes: what its constants were chosen by.
         choice: the constants.
         moved: bytes that it must read and write, each once.
@@ -101,6 +101,7 @@ class Launch:
 class _Mode:
     arch: str = "sm_90"  # of the `meta` device
     log: list[Launch] | None = None
+    keeps: bool = True
     forced: Mapping[str, Choice] = field(default_factory=dict)
 
 
@@ -118,10 +119,15 @@ def _with(**changes: Any) -> Iterator[_Mode]:
 
 
 @contextmanager
-def recorded(arch: str = "sm_90") -> Iterator[list[Launch]]:
-    """Launches are in the list, in order. ``arch``: what tensors of the ``meta`` device are taken to be on."""
+def recorded(arch: str = "sm_90", arguments: bool = True) -> Iterator[list[Launch]]:
+    """Launches are in the list, in order.
+
+    Args:
+        arch: what tensors of the ``meta`` device are taken to be on.
+        arguments: also keep what kernels are given, and with it the memory.
+    """
     log: list[Launch] = []
-    with _with(log=log, arch=arch):
+    with _with(log=log, arch=arch, keeps=arguments):
         yield log
 
 
@@ -144,14 +150,6 @@ def arch_of_device(index: int) -> str:
 def arch_of(t: torch.Tensor) -> str:
     """The architecture that ``t`` is on, as in the name of a table."""
     return arch_of_device(t.device.index or 0) if t.is_cuda else simulated_arch() or _mode.get().arch
-
-
-@functools.cache
-def units_of(arch: str) -> int:
-    """How many multiprocessors a device of ``arch`` has (of the one at hand, if it is such a one)."""
-    if torch.cuda.is_available() and arch_of_device(torch.cuda.current_device()) == arch:
-        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
-    return {"sm_80": 108, "sm_90": 132, "gfx942": 304}.get(arch, 64)
 
 
 def pick(kernel: Kernel, t: torch.Tensor, **sizes: int) -> Choice:
@@ -183,7 +181,9 @@ def launch(
     mode = _mode.get()
     given = {**arguments, **choice.constants}
     if mode.log is not None:
-        mode.log.append(Launch(kernel, tuple(grid), given, dict(sizes), choice, moved, operations))
+        mode.log.append(
+            Launch(kernel, tuple(grid), given if mode.keeps else {}, dict(sizes), choice, moved, operations)
+        )
     device = tensors[0].device
     if device.type == "meta":
         return

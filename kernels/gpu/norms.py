@@ -177,6 +177,18 @@ def add_norm(
     return (x if total is None else total), out, moments
 
 
+def norm_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    kind: str,
+    weight_offset: float = 0.0,
+) -> torch.Tensor:
+    """:func:`skipc.kernels.norms.norm_rows`."""
+    return add_norm(x, None, weight, bias, eps, kind, weight_offset)[1]
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()

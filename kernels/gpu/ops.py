@@ -9,14 +9,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from skipc.kernels.gpu import attention, lora, merging, routing
+from skipc.kernels.gpu import attention, lora, merging, norms, routing, rows
 from skipc.kernels.library import ON_GPU
+
+
+def _norm_rows(x: torch.Tensor, *norm: Any) -> torch.Tensor:
+    return norms.add_norm(x, None, *norm)[1]
+
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "add_adapters": lora.add_adapters,
+    "add_norm": norms.add_norm,
+    "compact_rows": rows.compact,
     "decode_attention": attention.decode_attention,
+    "gather_rows": rows.gather_rows,
     "merge_lora": merging.merge_lora,
+    "norm_rows": _norm_rows,
     "route_tokens": routing.route_tokens,
+    "scatter_rows_": rows.scatter_rows,
 }
 
 assert set(IMPLEMENTATIONS) == set(ON_GPU)

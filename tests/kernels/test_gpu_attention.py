@@ -13,6 +13,7 @@ from skipc.kernels.attention import attention_reference, live_range
 from skipc.kernels.device import simulated
 from skipc.kernels.gpu import attention
 from skipc.kernels.gpu.kernel import forced, recorded
+from skipc.kernels.gpu.workspace import own_counters
 from skipc.kernels.tables import Choice
 
 from tests.kernels.gpu import DTYPES, assert_close
@@ -231,6 +232,14 @@ def test_same_bits_twice_and_beside_other_rows() -> None:
         assert torch.equal(first, again)
         alone = check(q[1:2], k[1:2], v[1:2], None, live[1:2], choices=blocks_of(split))
         assert torch.equal(first[1:2], alone)
+
+
+def test_counters_are_zero_between_launches() -> None:
+    q, k, v = operands((2, 4, 2, 1, 40, 16, 16), torch.float32)
+    with own_counters(q.device) as counts:
+        first, again = (check(q, k, v, choices=blocks_of(4, n=16)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert (counts == 0).all()
 
 
 def test_values_that_are_not_finite_stay_with_their_key_head() -> None:

@@ -269,3 +269,44 @@ def test_mistakes_are_told_in_a_line(own_tables: Path) -> None:
         (own_tables / f"{cpu_name()}.json").write_text("{}")
         tables.forget()
         assert f"{cpu_name()}.json is no table of kernels" in fail("--shape", "8,8")
+
+
+class TestTriton:
+    def problems(self) -> list[Problem]:
+        from skipc.tunable_gpu import gpu_problems
+
+        layers = (tunable.Layer("qkv", 64, (64, 16, 16)), tunable.Layer("o", 64, (64,)))
+        return gpu_problems(tunable.Work(layers, (torch.float32,), (1,)), "sm_90", "cpu")
+
+    def test_every_kernel_has_problems(self) -> None:
+        from skipc.kernels.gpu.catalog import KERNELS
+
+        problems = self.problems()
+        assert {p.kernel for p in problems} == KERNELS.keys()
+        assert len({(p.kernel, tuple(p.sizes.items())) for p in problems}) == len(problems)
+        for p in problems:
+            assert p.source == KERNELS[p.kernel].source
+            assert p.sizes.keys() == set(KERNELS[p.kernel].sizes)
+            assert len(p.candidates) > 0
+            assert p.default not in p.candidates
+            assert p.floor(p.default) > 0
+
+    def test_samples_run_the_kernel_with_the_constants_that_are_tried(self) -> None:
+        from skipc.kernels.device import simulated
+        from skipc.kernels.gpu.kernel import recorded
+
+        few = next(p for p in self.problems() if p.kernel == "lora_rows" and p.sizes["n"] == 64)
+        with simulated():
+            sampler = few.start()
+            for tried in (few.default, few.candidates[0]):
+                sample = sampler(tried)
+                with recorded() as launches:
+                    assert sample() > 0
+                assert [(x.kernel.name, x.choice) for x in launches] == [("lora_rows", tried)]
+
+    def test_without_a_gpu_the_command_says_so(self) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("there is one")
+        result = CliRunner().invoke(main, ["autotune", "--device", "cuda"])
+        assert result.exit_code == 1
+        assert "there is no GPU here" in result.output
