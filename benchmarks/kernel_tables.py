@@ -35,6 +35,7 @@ COMPILED = 2  # choices of a class that may be shipped
 TRIED = 12  # choices that are compiled, and the default
 LOOKED_AT = 2  # cases of a class, to choose by; the tests look at all
 DTYPES = (torch.bfloat16, torch.float32)  # fp16 compiles to what bf16 does, with other instructions
+ATTENTION = ("decode_attention", "prefill_attention")
 BITS = {"16 bits": (16, 16), "32 bits": (32, 32)}
 # By what else a kernel's constants should differ: a size, and the largest value of the lower class.
 SPLITS: Mapping[str, tuple[str, int]] = {
@@ -48,6 +49,9 @@ SPLITS: Mapping[str, tuple[str, int]] = {
 
 def classes(kernel: str) -> Iterator[dict[str, tuple[int, int]]]:
     """Ranges of sizes, of which each has a row of its own."""
+    if "compact" in kernel:  # reads flags, whatever the rows are
+        yield {}
+        return
     for bits in BITS.values():
         if kernel not in SPLITS:
             yield {"bits": bits}
@@ -104,6 +108,8 @@ def best(found: list[Case], arch: Arch, first: Choice | None) -> Choice | None:
     kernel = found[0].launch.kernel
     if first is not None and all(fits(compile_(x, arch), arch) for c in found if (x := with_choice(c, arch, first))):
         return first
+    if kernel.name in ATTENTION and found[0].dtype == torch.float32:
+        return kernel.default  # no tensor cores: everything is unrolled, and a compiler takes minutes for larger tiles
     guessed: dict[Choice, float] = {}
     for choice in (*choices(kernel), kernel.default):
         launches = [with_choice(case, arch, choice) for case in found]
@@ -173,11 +179,11 @@ def docs() -> str:
 def main(names: tuple[str, ...], like: str | None, path: Path | None, only_docs: bool) -> None:
     """Entry point."""
     if not only_docs:
+        others = Table.read(SHIPPED / f"{like}.json") if like is not None else None
         for arch in [ARCHS[n] for n in names or ARCHS]:
             (SHIPPED / f"{arch.name}.json").unlink(missing_ok=True)
             forget()
-            others = (SHIPPED / f"{like}.json") if like is not None else None
-            make(arch, Table.read(others) if others is not None else None).write(SHIPPED / f"{arch.name}.json")
+            make(arch, others).write(SHIPPED / f"{arch.name}.json")
             forget()
     if path is not None:
         path.write_text(docs())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -61,7 +60,7 @@ class Kernel:
     @functools.cached_property
     def source(self) -> str:
         """A hash of its code, by which a table knows whether it was made for this kernel."""
-        text = "\0".join(inspect.getsource(f.fn) for f in (self.function, *self.helpers))
+        text = "\0".join(f.src for f in (self.function, *self.helpers))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

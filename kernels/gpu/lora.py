@@ -90,26 +90,27 @@ def lora_rows(
     else:
         program = tl.program_id(0)
     if program < shrinks:
-        row = program // (SLICES * SPLIT_K)
-        at = program // SPLIT_K % SLICES
-        split = program % SPLIT_K
-        a, where = of(at, a_0, a_1, a_2), of(at, where_0, where_1, where_2)
-        group = group_of(table, row, rows)
-        per = tl.where(group >= 0, tl.load(table + 1), 0).to(tl.int32)
-        for i in range(per):
-            slot = tl.load(table + 2 + group * per + i)
-            if slot >= 0:
-                rank = tl.load(where + 4 * slot)
-                place = tl.multiple_of(tl.load(where + 4 * slot + 1), 16)
-                plane = planes + (((split * rows + row) * SLICES + at) * MOST + i) * room
-                for first in range(0, rank, BLOCK_R):
-                    r = first + tl.arange(0, BLOCK_R)
-                    made = part_of_bridge(
-                        x + row.to(tl.int64) * x_stride, k, a, place, r, rank, split * BLOCK_K, SPLIT_K * BLOCK_K,
-                        BLOCK_R, BLOCK_K,
-                    )  # fmt: skip
-                    tl.store(plane + r, made, mask=r < rank)
-        arrive(sync, row * SLICES + at)
+        if SPLIT_K:
+            row = program // (SLICES * SPLIT_K)
+            at = program // SPLIT_K % SLICES
+            split = program % SPLIT_K
+            a, where = of(at, a_0, a_1, a_2), of(at, where_0, where_1, where_2)
+            group = group_of(table, row, rows)
+            per = tl.where(group >= 0, tl.load(table + 1), 0).to(tl.int32)
+            for i in range(per):
+                slot = tl.load(table + 2 + group * per + i)
+                if slot >= 0:
+                    rank = tl.load(where + 4 * slot)
+                    place = tl.multiple_of(tl.load(where + 4 * slot + 1), 16)
+                    plane = planes + (((split * rows + row) * SLICES + at) * MOST + i) * room
+                    for first in range(0, rank, BLOCK_R):
+                        r = first + tl.arange(0, BLOCK_R)
+                        made = part_of_bridge(
+                            x + row.to(tl.int64) * x_stride, k, a, place, r, rank, split * BLOCK_K, SPLIT_K * BLOCK_K,
+                            BLOCK_R, BLOCK_K,
+                        )  # fmt: skip
+                        tl.store(plane + r, made, mask=r < rank)
+            arrive(sync, row * SLICES + at)
     else:
         row = (program - shrinks) // tiles
         tile = (program - shrinks) % tiles
@@ -123,13 +124,14 @@ def lora_rows(
         per = tl.where(group >= 0, tl.load(table + 1), 0).to(tl.int32)
         total = tl.zeros([BLOCK_N], tl.float32)
         touched = False
-        waits = SPLIT_K > 0
+        waits = True
         for i in range(per):
             slot = tl.load(table + 2 + group * per + i)
             rank = tl.load(where + 4 * slot, mask=slot >= 0, other=0)
             if rank > 0:
-                if waits:
-                    wait(sync, row * SLICES + at, SPLIT_K)
+                if SPLIT_K:
+                    if waits:
+                        wait(sync, row * SLICES + at, SPLIT_K)
                 touched, waits = True, False
                 first_place = tl.multiple_of(tl.load(where + 4 * slot + 1), 16)
                 place = tl.multiple_of(tl.load(where + 4 * slot + 2), 16)

@@ -165,28 +165,9 @@ def add_norm(
     }  # fmt: skip
     moved = size * count * width * (2 if branch is None else 4) + (0 if moments is None else 4 * moments.numel())
     moved += sum(p.numel() * p.element_size() for p in parameters if p is not None)
-    launch(
-        NORM,
-        choice,
-        (count,),
-        given,
-        sizes=sizes,
-        moved=moved,
-        operations=(6 if branch is None else 12) * count * width,
-    )
+    work = (6 if branch is None else 12) * count * width
+    launch(NORM, choice, (count,), given, sizes=sizes, moved=moved, operations=work)
     return (x if total is None else total), out, moments
-
-
-def norm_rows(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    kind: str,
-    weight_offset: float = 0.0,
-) -> torch.Tensor:
-    """:func:`skipc.kernels.norms.norm_rows`."""
-    return add_norm(x, None, weight, bias, eps, kind, weight_offset)[1]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from skipc.kernels.device import simulated
+from skipc.kernels.gpu import lora
 from skipc.kernels.gpu.catalog import DTYPES, KERNELS, Case, cases
-from skipc.kernels.gpu.kernel import Launch, launch, pick, recorded
+from skipc.kernels.gpu.kernel import Launch, forced, launch, pick, recorded
 from skipc.kernels.gpu.mlp import LINEAR
 from skipc.kernels.gpu.offline import ARCHS, Arch, Binary, compiled
 from skipc.kernels.tables import SHIPPED, Choice, Table, choose, folder, forget, tables_of
@@ -58,6 +59,16 @@ def test_nothing_spills_and_everything_fits(name: str, dtype: torch.dtype) -> No
         if not fine:
             wrong.append((of, case.name, case.dtype, made))
     assert not wrong
+
+
+@pytest.mark.parametrize("split", [0, 1, 8])
+def test_what_tables_do_not_ship_compiles_too(split: int) -> None:
+    """Constants that change what is compiled, not only its sizes."""
+    run = lora.example(2, 64, (32, 16), torch.bfloat16)("meta")
+    constants = {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 16, "SPLIT_K": split}
+    with recorded() as launches, forced({"lora_rows": Choice(constants=constants)}):
+        run()
+    assert compiled(launches[0], ARCHS["sm_90"]).spills == 0
 
 
 def test_tables_are_for_these_kernels() -> None:
