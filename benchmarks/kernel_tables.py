@@ -33,8 +33,10 @@ the data sheet states (or its operations at the tensor cores' rate). A floor is 
 """
 COMPILED = 2  # choices of a class that may be shipped
 TRIED = 12  # choices that are compiled, and the default
-LOOKED_AT = 2  # cases of a class, to choose by; the tests look at all
+LOOKED_AT = 4  # cases of a class, to choose by; the tests look at all
 DTYPES = (torch.bfloat16, torch.float32)  # fp16 compiles to what bf16 does, with other instructions
+PRODUCTS = ("decode_attention", "prefill_attention", "lora_tiles", "merge_weights")  # by tensor cores
+ROWS = ("mlp_rows", "linear_rows")  # these, too, but for a row alone
 ATTENTION = ("decode_attention", "prefill_attention")
 BITS = {"16 bits": (16, 16), "32 bits": (32, 32)}
 # By what else a kernel's constants should differ: a size, and the largest value of the lower class.
@@ -86,9 +88,13 @@ def compile_(launch: Launch, arch: Arch) -> Binary | None:
     return binary_of(arch, key)
 
 
-def fits(binary: Binary | None, arch: Arch) -> bool:
+def fits(launch: Launch, arch: Arch) -> bool:
     """Whether it may be shipped."""
-    return binary is not None and not binary.spills and binary.shared <= arch.shared and binary.programs(arch) > 0
+    binary = compile_(launch, arch)
+    if binary is None or binary.spills or binary.shared > arch.shared or not binary.programs(arch):
+        return False
+    multiplies = launch.kernel.name in PRODUCTS or (launch.kernel.name in ROWS and launch.sizes["rows"] > 1)
+    return binary.tensor > 0 or not multiplies or launch.sizes["bits"] == 32
 
 
 @functools.cache
@@ -106,7 +112,7 @@ def with_choice(case: Case, arch: Arch, choice: Choice) -> Launch | None:
 def best(found: list[Case], arch: Arch, first: Choice | None) -> Choice | None:
     """The choice for cases of one class; ``first``, if that may be shipped."""
     kernel = found[0].launch.kernel
-    if first is not None and all(fits(compile_(x, arch), arch) for c in found if (x := with_choice(c, arch, first))):
+    if first is not None and all(fits(x, arch) for c in found if (x := with_choice(c, arch, first))):
         return first
     if kernel.name in ATTENTION and found[0].dtype == torch.float32:
         return kernel.default  # no tensor cores: everything is unrolled, and a compiler takes minutes for larger tiles
@@ -118,7 +124,7 @@ def best(found: list[Case], arch: Arch, first: Choice | None) -> Choice | None:
     made: dict[Choice, float] = {}
     for choice in (*ranked[:TRIED], kernel.default):
         launches = [x for case in found if (x := with_choice(case, arch, choice)) is not None]
-        if all(fits(compile_(x, arch), arch) for x in launches):  # none after the first that does not
+        if all(fits(x, arch) for x in launches):  # none after the first that does not
             made[choice] = sum(predicted(x, arch, compile_(x, arch)) / floor(x, arch) for x in launches)
         if len(made) == COMPILED:
             break

@@ -209,6 +209,7 @@ class TestManager:
             "lower_linears",
             "lower_attention_block",
             "lower_copied_keys",
+            "group_adapters",
         ]
         assert len(explanation.sites) == 2  # sums in place stay hidden
 
