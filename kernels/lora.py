@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from skipc.kernels.device import on_gpu
-from skipc.kernels.library import NATIVE, library
+from skipc.kernels.library import NATIVE, TRITON, library
 
 PACK = 16  # outputs that lie together in packed matrices
 MOST = 8  # adapters of a row
@@ -235,7 +235,7 @@ def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         RuntimeError: if the table is for another number of rows.
     """
     out, rows = F.linear(x, weight, bias), x.reshape(-1, x.shape[-1])
-    if on_gpu(x):
+    if on_gpu(x) and x.dtype in TRITON:
         torch.ops.skipc.add_adapters([out], rows.contiguous(), lora)
     elif _native(rows, lora):
         torch.ops.skipc.add_lora(out, rows.contiguous(), lora)

@@ -32,11 +32,13 @@ class Attached:
         paths: of the layers whose tensors are inputs, in order.
         left: those that do not add what adapters say, and why.
         routed: those that take the tokens that a router decides for, one by one.
+        width: of these tokens; 0 if there are none.
     """
 
     paths: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
     routed: frozenset[str] = frozenset()
+    width: int = 0
 
 
 def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> Attached:
@@ -88,7 +90,9 @@ def attach_adapters(gm: fx.GraphModule, streams: Streams, bank: Bank) -> Attache
     for junction in streams.junctions:
         for term in junction.terms:
             term.branch = [n for n in flow.between(junction.point, term.value) if not decides(n)]
-    return Attached(tuple(layer.path for layer, _, _ in found), left, frozenset(routed))
+    stream = tensor(tokens)
+    width = int(stream.shape[-1]) if stream is not None else 0
+    return Attached(tuple(layer.path for layer, _, _ in found), left, frozenset(routed), width)
 
 
 def _route(graph: fx.Graph, streams: Streams, router: fx.Node, wanted: Sequence[fx.Node]) -> fx.Node | None:
@@ -101,9 +105,8 @@ def _route(graph: fx.Graph, streams: Streams, router: fx.Node, wanted: Sequence[
     with graph.inserting_after(last):
         node = graph.call_function(torch.ops.skipc.route_tokens.default, (head, router, *wanted))
     node.meta = {**labels_of(head), "example_value": None}
-    if (
-        tokens.dtype not in (TRITON if on_gpu(tokens) else NATIVE) or not tokens.is_contiguous()
-    ):  # which the kernel takes
+    taken = TRITON if on_gpu(tokens) else NATIVE  # by the kernel
+    if tokens.dtype not in taken or not tokens.is_contiguous():
         with graph.inserting_before(node):
             for method in ("float", "contiguous"):
                 made = graph.call_method(method, (node.args[0],))

@@ -108,6 +108,12 @@ class Adapting:
             self._check_layers(self._lease, program)
             self._checked.add(program)
 
+    def _check_width(self, lease: Lease, program: Program) -> None:
+        """Refuse a router for other tokens than the program's, before a kernel reads past their end."""
+        width, found = int(lease.wanted.router[1]), program.spec.routed_width
+        if self._by_router and found and width != found:
+            raise SessionError(f"a router for tokens of width {width} met some of {found}")
+
     def _check_layers(self, lease: Lease, program: Program) -> None:
         paths, used = lease.paths, set(program.spec.adapted)
         if lost := paths.keys() & program.spec.left.keys():
@@ -117,6 +123,7 @@ class Adapting:
             raise SessionError(
                 f"a router decides once for all layers, and this model has a graph break: {program.partial}"
             )
+        self._check_width(lease, program)
         if self._by_router and (other := paths.keys() & used - program.spec.routed):
             path = min(other)
             raise SessionError(f"{path}, which adapter {paths[path]!r} adds to, does not take the tokens that the "

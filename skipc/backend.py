@@ -205,6 +205,7 @@ def build_outline(
         adapted=attached.paths,
         left=attached.left,
         routed=attached.routed,
+        routed_width=attached.width,
         mirrored=tuple(manager.ctx.mirrored),
     )
     return outline, manager

@@ -45,7 +45,7 @@ def group_of(table, row, rows):
     """The group that a row belongs to; -1 if nobody wants anything."""
     groups = tl.load(table)
     groups = tl.where(groups == -rows, rows, groups)
-    return tl.where(groups > 0, row // (rows // tl.maximum(groups, 1)), -1)
+    return tl.where(groups > 0, row // tl.maximum(rows // tl.maximum(groups, 1), 1), -1)
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def lora_tiles(
             rank = tl.load(where + 4 * slot)
             first_place = tl.multiple_of(tl.load(where + 4 * slot + 1), 16)
             place = tl.multiple_of(tl.load(where + 4 * slot + 2), 16)
-            amount = amounts * tl.load(scales + slot)
+            amount = amounts * tl.load(scales + slot, mask=rank > 0, other=0.0)
             touched = touched | (mine & (rank > 0))
             for first in range(0, rank, BLOCK_R):
                 r = first + tl.arange(0, BLOCK_R)
@@ -279,10 +279,16 @@ def add_adapters(outs: Sequence[torch.Tensor], x: torch.Tensor, lora: Lora) -> N
         return
     *_, table, gates = lora
     rows = x.reshape(-1, x.shape[-1])
-    adapted = [(out.view(-1, out.shape[-1]), lora[OPERANDS * i : OPERANDS * (i + 1)]) for i, out in enumerate(outs)
-               if lora[OPERANDS * i] is not None]  # fmt: skip
-    for i in range(0, len(adapted), SLICES):
-        _launch(rows, adapted[i : i + SLICES], table, gates)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    of_form: dict[tuple[int, torch.dtype], list[tuple[torch.Tensor, Any]]] = {}  # packed or not, of one dtype
+    for i, out in enumerate(outs):
+        operands = lora[OPERANDS * i : OPERANDS * (i + 1)]
+        if (a := operands[0]) is not None:
+            of_form.setdefault((a.dim(), a.dtype), []).append((out.view(-1, out.shape[-1]), operands))
+    for layers in of_form.values():
+        for first in range(0, len(layers), SLICES):
+            _launch(rows, layers[first : first + SLICES], table, gates)
 
 
 def _launch(x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, Any]], table: Any, gates: Any) -> None:

@@ -167,6 +167,7 @@ class ProgramSpec:
     left: Mapping[str, str] = field(default_factory=dict)  # those that do not add what these say, and why
     mirrored: tuple[Mirrored, ...] = ()  # adapters among the parameters, which constants of the program follow
     routed: frozenset[str] = frozenset()  # those that take the tokens that a router decides for
+    routed_width: int = 0  # of these tokens
     reads: bool = False  # whether the host reads numbers off the device while it runs, as no CUDA graph can
 
 

@@ -119,6 +119,29 @@ def test_matrices_as_they_are(rows: int) -> None:
     assert (out - truth).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("rows", [3, 66])
+def test_layers_of_one_input_in_different_forms(rows: int) -> None:
+    """As PEFT's models have them: one adapter as it is, and several, packed, of the next layer; x by columns."""
+    a, b, where = torch.randn(5, 40), torch.randn(30, 5), torch.tensor([[5, 0, 0, 5], [0, 0, 0, 5]])
+    operands = [a, b, where, torch.tensor([0.7]), *slots_of(40, 20, (3, 6), torch.float32), *table_of([[0, 1]])]
+    x, outs = torch.randn(40, rows).T, [torch.zeros(rows, 30), torch.zeros(rows, 20)]
+    truths = [out.double() for out in outs]
+    for i, truth in enumerate(truths):
+        add_lora(truth, x.double(), in_double(operands), i)
+    with forced({**rows_choice(2), **tiles_choice()}), recorded() as launches:
+        lora.add_adapters(outs, x, operands)
+    assert len(launches) == 2
+    assert all((out - truth).abs().max() < 1e-4 for out, truth in zip(outs, truths, strict=True))
+
+
+def test_fp64_stays_with_torch() -> None:
+    operands = in_double([*slots_of(16, 8, (3,), torch.float32), *table_of([[0]])])
+    x, w = torch.randn(2, 16).double(), torch.randn(8, 16).double()
+    truth = x @ w.T
+    add_lora(truth, x, operands)
+    assert (torch.ops.skipc.lora_linear(x, w, None, operands) - truth).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("split", [0, 4])
 def test_a_row_does_not_depend_on_the_others(split: int) -> None:
     operands, x = slots_of(64, 40, RANKS, torch.float32), torch.randn(4, 64)
