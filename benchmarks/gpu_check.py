@@ -28,7 +28,7 @@ import click
 import torch
 import triton
 from common import console
-from skipc.kernels.device import simulated
+from skipc.kernels.device import simulated, wait_for
 from skipc.kernels.gpu.catalog import DTYPES, cases
 from skipc.kernels.gpu.kernel import arch_of_device, forced
 from skipc.kernels.gpu.model import floor
@@ -40,9 +40,9 @@ import skipc
 from skipc.adapters.adapter import Adapter, LoRA
 from skipc.calibration.timing import ratio
 from skipc.loading import load_smollm2
+from skipc.tunable_gpu import cold_clock
 
 ROOT = Path(__file__).parent.parent
-FLUSHED = 256 << 20  # bytes, more than any second-level cache has
 SMALL = {"lora_rows": Choice(constants={"BLOCK_N": 128, "BLOCK_K": 256, "BLOCK_R": 16, "SPLIT_K": 0})}
 
 
@@ -87,37 +87,14 @@ class Report:
         return "\n".join(lines)
 
 
-class Clock:
-    """Seconds of what runs on a GPU (or on the CPU, simulated)."""
-
-    def __init__(self, device: str):
-        self.device = device
-        self.flushed = torch.empty(FLUSHED if device == "cuda" else 1, dtype=torch.int8, device=device)
-
-    def cold(self, run: Callable[[], Any]) -> float:
-        """Of one run that finds nothing of its operands in a cache."""
-        if self.device != "cuda":
-            return self.wall(run)
-        self.flushed.zero_()  # longer than the host takes to launch what is timed
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e-3
-
-    def wall(self, run: Callable[[], Any]) -> float:
-        """Of one run, as the host sees it."""
-        self.wait()
-        start = time.perf_counter()
-        run()
-        self.wait()
-        return time.perf_counter() - start
-
-    def wait(self) -> None:
-        """Until the device is done."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+def wall(device: str, run: Callable[[], Any]) -> float:
+    """Seconds of one run, as the host sees it."""
+    wait = wait_for(torch.device(device))
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
 
 
 def run_tests(found: dict[str, Any], simulate: bool) -> None:
@@ -132,15 +109,15 @@ def run_tests(found: dict[str, Any], simulate: bool) -> None:
     console.print(found)
 
 
-def time_kernels(found: dict[str, Any], arch: str, clock: Clock, simulate: bool, rounds: int) -> None:
+def time_kernels(found: dict[str, Any], arch: str, device: str, simulate: bool, rounds: int) -> None:
     """Each kernel at the sizes that it has in models, beside the time that its bytes need."""
-    known, rows = ARCHS.get(arch), []
+    known, cold, rows = ARCHS.get(arch), cold_clock(device), []
     for case in cases(arch, DTYPES[:1] if not simulate else (torch.float32,)):
         if simulate and not (case.launch.kernel.name == "lora_rows" and case.name.startswith("smollm2, 1 row")):
             continue
-        run = case.prepare(clock.device)
+        run = case.prepare(device)
         run()
-        took = statistics.median(clock.cold(run) for _ in range(rounds))
+        took = statistics.median(cold(run) for _ in range(rounds))
         row = {"kernel": case.launch.kernel.name, "case": case.name, "us": round(took * 1e6, 2),
                "GB/s": round(case.launch.moved / took / 1e9, 1)}  # fmt: skip
         if known is not None:
@@ -193,7 +170,7 @@ class Peer:
             layer.cumulative_length.fill_(context)
 
 
-def time_models(found: dict[str, Any], model: Any, clock: Clock, batch: int, rounds: int, simulate: bool) -> None:
+def time_models(found: dict[str, Any], model: Any, device: str, batch: int, rounds: int, simulate: bool) -> None:
     """Decode steps: eager, Inductor with CUDA graphs, and skipc exact, with adapters, and with sublayers skipped; and
     whether greedy tokens are eager's."""
     context, steps = (8, 4) if simulate else (128, 16)
@@ -203,9 +180,7 @@ def time_models(found: dict[str, Any], model: Any, clock: Clock, batch: int, rou
         bank.load(adapter.name, adapter)
     rows = [adapters[i % 8].name for i in range(batch)]
     exact, banked = skipc.compile(model, fullgraph=True), skipc.compile(model, fullgraph=True, adapters=bank)
-    sites = [
-        s.name for s in skipc.find_sites(model, input_ids=torch.ones(1, 4, dtype=torch.long, device=clock.device)).sites
-    ]
+    sites = [s.name for s in skipc.find_sites(model, input_ids=torch.ones(1, 4, dtype=torch.long, device=device)).sites]
     skipped = [name for name in sites if name.endswith("mlp")][1::4]
     calls: dict[str, tuple[Any, Callable[[], Any] | None]] = {
         "eager": (model, None),
@@ -228,7 +203,7 @@ def time_models(found: dict[str, Any], model: Any, clock: Clock, batch: int, rou
                 peer.rewind(context)
                 for _ in range(1 if simulate else 3):
                     peer.step()
-                took = clock.wall(lambda p=peer: [p.step() for _ in range(steps)]) / steps
+                took = wall(device, lambda p=peer: [p.step() for _ in range(steps)]) / steps
             if turn > 1 or simulate:
                 times[name].append(took)
     table = []
@@ -245,7 +220,7 @@ def time_models(found: dict[str, Any], model: Any, clock: Clock, batch: int, rou
         table.append(row)
         console.print(row)
     found[f"decode steps, batch {batch}, context {context}"] = table
-    given = torch.arange(1, 2 * context + 1, device=clock.device).view(2, -1) % 200
+    given = torch.arange(1, 2 * context + 1, device=device).view(2, -1) % 200
     new = 4 if simulate else 64
     ours = skipc.generate(exact, given, max_new_tokens=new, eos_token_id=None)
     eager = model.generate(given, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -273,7 +248,6 @@ def main(out: Path, dtype: str, batches: str, rounds: int, skip_tests: bool, sim
             stack.enter_context(forced(SMALL))
             rounds, batches, dtype = 2, "2", "float32"
         arch = "sm_90" if simulate else arch_of_device(torch.cuda.current_device())
-        clock = Clock(device)
         with report.part("Machine") as found:
             found |= {"device": name, "architecture": arch, "torch": torch.__version__, "triton": triton.__version__,
                       "python": platform.python_version(), "CUDA": torch.version.cuda, "HIP": torch.version.hip,
@@ -282,14 +256,14 @@ def main(out: Path, dtype: str, batches: str, rounds: int, skip_tests: bool, sim
             with report.part("Correctness") as found:
                 run_tests(found, simulate)
         with report.part("Kernels") as found:
-            time_kernels(found, arch, clock, simulate, rounds)
+            time_kernels(found, arch, device, simulate, rounds)
         for batch in map(int, batches.split(",")):
             with report.part(f"Models, batch {batch}") as found:
                 model = small_model() if simulate else load_smollm2(getattr(torch, dtype))[0].to(device)
-                time_models(found, model, clock, batch, rounds, simulate)
+                time_models(found, model, device, batch, rounds, simulate)
         if not simulate:
             with report.part("Models, fp32") as found:
-                time_models(found, load_smollm2(torch.float32)[0].to(device), clock, 1, rounds, simulate)
+                time_models(found, load_smollm2(torch.float32)[0].to(device), device, 1, rounds, simulate)
     console.print(f"report: {out / 'gpu_check.md'}")
 
 

@@ -12,16 +12,16 @@ Run: python benchmarks/kernel_tables.py [--arch sm_90] [--docs docs/kernels.md] 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 
 import click
 import torch
 from common import console
 from skipc.kernels.gpu.catalog import KERNELS, Case, cases
-from skipc.kernels.gpu.kernel import Launch, forced, recorded
+from skipc.kernels.gpu.kernel import Launch, launched_with
 from skipc.kernels.gpu.model import choices, floor, predicted
-from skipc.kernels.gpu.offline import ARCHS, Arch, Binary, compiled
+from skipc.kernels.gpu.offline import ARCHS, Arch, Binary, compiled, form
 from skipc.kernels.tables import SHIPPED, Choice, Entry, Row, Table, forget
 
 HEAD = """# Kernels
@@ -63,29 +63,19 @@ def classes(kernel: str) -> Iterator[dict[str, tuple[int, int]]]:
         yield {"bits": bits, size: (last + 1, 1 << 30)}
 
 
-@functools.cache
-def binary_of(arch: Arch, key: tuple[object, ...]) -> Binary | None:
-    """What the compiler makes of a launch; None if it refuses."""
-    try:
-        return compiled(_launches[key], arch)
-    except Exception as error:
-        console.print(f"[yellow]{arch.name}: {key[0]}: {type(error).__name__}[/yellow]")
-        return None
-
-
-_launches: dict[tuple[object, ...], Launch] = {}
+_binaries: dict[tuple[Arch, Hashable], Binary | None] = {}
 
 
 def compile_(launch: Launch, arch: Arch) -> Binary | None:
-    """The same; launches that differ in nothing that a compiler sees are compiled once."""
-    kinds = tuple(
-        (name, str(v.dtype)) if isinstance(v, torch.Tensor)
-        else (name, v if isinstance(v, bool | None) or v == 1 or name.isupper() else (type(v).__name__, v % 16 == 0))
-        for name, v in sorted(launch.arguments.items())
-    )  # fmt: skip
-    key = (launch.kernel.name, launch.choice, kinds)
-    _launches[key] = launch
-    return binary_of(arch, key)
+    """What the compiler makes of a launch, each form once; None if it refuses."""
+    key = arch, form(launch)
+    if key not in _binaries:
+        try:
+            _binaries[key] = compiled(launch, arch)
+        except Exception as error:
+            console.print(f"[yellow]{arch.name}: {launch.kernel.name}: {type(error).__name__}[/yellow]")
+            _binaries[key] = None
+    return _binaries[key]
 
 
 def fits(launch: Launch, arch: Arch) -> bool:
@@ -102,28 +92,26 @@ def _run_of(case: Case) -> Callable[[], object]:
     return case.prepare("meta")
 
 
-def with_choice(case: Case, arch: Arch, choice: Choice) -> Launch | None:
-    """The launch of a case, with other constants; None if the kernel does not have them."""
-    with recorded(arch.name) as launches, forced({case.launch.kernel.name: choice}):
-        _run_of(case)()
-    return next((x for x in launches if x.kernel is case.launch.kernel), None)
+def with_choice(case: Case, arch: Arch, choice: Choice) -> Launch:
+    """The launch of a case, with other constants."""
+    return launched_with(_run_of(case), case.launch.kernel, choice, arch.name)
 
 
 def best(found: list[Case], arch: Arch, first: Choice | None) -> Choice | None:
     """The choice for cases of one class; ``first``, if that may be shipped."""
     kernel = found[0].launch.kernel
-    if first is not None and all(fits(x, arch) for c in found if (x := with_choice(c, arch, first))):
+    if first is not None and all(fits(with_choice(c, arch, first), arch) for c in found):
         return first
     if kernel.name in ATTENTION and found[0].dtype == torch.float32:
         return kernel.default  # no tensor cores: everything is unrolled, and a compiler takes minutes for larger tiles
     guessed: dict[Choice, float] = {}
     for choice in (*choices(kernel), kernel.default):
         launches = [with_choice(case, arch, choice) for case in found]
-        guessed[choice] = sum(predicted(x, arch) / floor(x, arch) for x in launches if x is not None)
+        guessed[choice] = sum(predicted(x, arch) / floor(x, arch) for x in launches)
     ranked = sorted(guessed, key=guessed.__getitem__)
     made: dict[Choice, float] = {}
     for choice in (*ranked[:TRIED], kernel.default):
-        launches = [x for case in found if (x := with_choice(case, arch, choice)) is not None]
+        launches = [with_choice(case, arch, choice) for case in found]
         if all(fits(x, arch) for x in launches):  # none after the first that does not
             made[choice] = sum(predicted(x, arch, compile_(x, arch)) / floor(x, arch) for x in launches)
         if len(made) == COMPILED:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch for Windows comes without
 _simulated: ContextVar[str | None] = ContextVar("simulated", default=None)
 
 
@@ -37,12 +39,7 @@ def simulating() -> bool:
 
 def on_gpu(t: torch.Tensor) -> bool:
     """Whether Triton kernels take ``t``. (On the ``meta`` device launches are noted, and nothing runs.)"""
-    return t.is_cuda or t.is_meta or on_simulated_gpu(t)
-
-
-def on_simulated_gpu(t: torch.Tensor) -> bool:
-    """Whether it is on the CPU, and taken to be on a GPU."""
-    return t.device.type == "cpu" and _simulated.get() is not None
+    return HAS_TRITON and (t.is_cuda or t.is_meta or (t.device.type == "cpu" and simulating()))
 
 
 def wait_for(device: torch.device) -> Callable[[], None]:
@@ -52,4 +49,4 @@ def wait_for(device: torch.device) -> Callable[[], None]:
 
 def on_cpu(t: torch.Tensor) -> bool:
     """Whether native kernels take ``t``."""
-    return t.device.type == "cpu" and _simulated.get() is None
+    return t.device.type == "cpu" and not simulating()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from skipc.kernels.device import HAS_TRITON
 
 NATIVE = (torch.float32, torch.bfloat16)  # dtypes that the native ones take
 TRITON = (torch.float32, torch.bfloat16, torch.float16)  # that Triton kernels take
@@ -35,5 +36,5 @@ def _on_gpu(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in ON_GPU:
+for _name in ON_GPU if HAS_TRITON else ():
     library.impl(_name, _on_gpu(_name), "CUDA")

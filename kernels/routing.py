@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from skipc.kernels.library import library
 
 HEADER = 4
+MOST_EXPERTS = 64
 
 library.define("route_tokens(Tensor x, Tensor router, Tensor(a!) table, Tensor(b!) gates) -> ()")
 

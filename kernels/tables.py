@@ -139,10 +139,16 @@ def tables_of(arch: str) -> tuple[Table, ...]:
 
 @functools.cache
 def choose(kernel: str, source: str, default: Choice, arch: str, sizes: tuple[tuple[str, int], ...]) -> Choice:
-    """The constants that tables give a kernel for these sizes on such a device; ``default``, if none does."""
+    """The constants that tables give a kernel for these sizes on such a device; ``default``, if none does.
+
+    Raises:
+        ConfigError: for a row with other constants than the kernel's.
+    """
     tables = tables_of(arch)
     for table in tables:
         found = table.find(kernel, source, dict(sizes))
+        if found is not None and found.constants.keys() != default.constants.keys():
+            raise ConfigError(f"{arch}.json: {kernel} takes {list(default.constants)}, not {list(found.constants)}")
         if found is not None:
             return found
         if kernel in table.kernels and table.kernels[kernel].source != source:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from skipc.kernels import native
+from skipc.kernels.device import on_cpu
 from skipc.kernels.lora import MOST, PACK
 from skipc.kernels.memory import aligned, zeros
 from skipc.passes.base import Pass, PassContext, PassResult
@@ -56,7 +57,8 @@ class FuseLora(Pass):
                 found[node] = adapted
         layers = [(made, a) for add, a in found.items() if (made := _made(add, a)) is not None and len(a.parts) <= MOST]
         if layers:
-            native.available()  # which the operation runs on, if it is
+            if on_cpu(tensor(layers[0][0])):  # type: ignore[arg-type]
+                native.available()  # which the operation runs on, if it is
             ctx.mirrored = _rewrite(gm.graph, layers)
         return PassResult(len(layers), bool(layers))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from skipc.passes.fx_edit import erase_unused, infer, labels_of
 from skipc.passes.ops import argument, op_name
 from skipc.passes.skinny import adapters_of, bias_of, drop_copies, is_skinny, norm_before, sum_after
 from torch import fx
+
+Few = Callable[[Any], bool]  # whether a node is a linear layer of few rows, of those that the kernel takes
 
 
 class LowerGatedMLP(Pass):
@@ -40,36 +43,43 @@ class LowerGatedMLP(Pass):
     name = "lower_gated_mlp"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        nodes = [n for n in gm.graph.nodes if read_gated_mlp(n) is not None]
+        nodes = [n for n in gm.graph.nodes if read_gated_mlp(n, is_skinny) is not None]
         if not nodes:
             return PassResult()
         reason = native.available()
         if reason is not None:
             return PassResult(notes=(reason,))
-        flow, matched = Dataflow(gm.graph), 0
-        for node in nodes:
-            mlp = read_gated_mlp(node)  # again: the one before it may have become its input
-            assert mlp is not None
-            read = (mlp.x, *mlp.weights)
-            if not any(flow.storages.get(n, frozenset()) & flow.written for n in read if n is not None):
-                self._rewrite(gm.graph, mlp, flow)
-                matched += 1
+        matched = lower_gated_mlps(gm.graph, nodes, is_skinny)
         return PassResult(matched, matched > 0)
 
-    @staticmethod
-    def _rewrite(graph: fx.Graph, mlp: GatedMLP, flow: Dataflow) -> None:
-        norm = norm_before(mlp.x, mlp.readers, flow)
-        source = (norm.x, norm.weight, norm.eps) if norm else (mlp.x, None, 0.0)
-        total = sum_after(mlp.result)
-        last, residual = total if total is not None else (mlp.result, None)
-        with graph.inserting_before(last):
-            arguments = (*source, *mlp.weights, ACTIVATIONS[mlp.activation], residual, mlp.adapters)
-            made = graph.call_function(torch.ops.skipc.gated_mlp.default, arguments)
-            made.meta = labels_of(mlp.result)
-            infer(made)
-        last.replace_all_uses_with(made)
-        drop_copies(made)
-        erase_unused(last)
+
+def lower_gated_mlps(graph: fx.Graph, nodes: Iterable[fx.Node], few: Few) -> int:
+    """Turn those among ``nodes`` that end a gated MLP into kernels. Returns how many."""
+    flow, matched = Dataflow(graph), 0
+    for node in nodes:
+        mlp = read_gated_mlp(node, few)
+        if mlp is None:
+            continue
+        read = (mlp.x, *mlp.weights)
+        if not any(flow.storages.get(n, frozenset()) & flow.written for n in read if n is not None):
+            _rewrite(graph, mlp, flow)
+            matched += 1
+    return matched
+
+
+def _rewrite(graph: fx.Graph, mlp: GatedMLP, flow: Dataflow) -> None:
+    norm = norm_before(mlp.x, mlp.readers, flow)
+    source = (norm.x, norm.weight, norm.eps) if norm else (mlp.x, None, 0.0)
+    total = sum_after(mlp.result)
+    last, residual = total if total is not None else (mlp.result, None)
+    with graph.inserting_before(last):
+        arguments = (*source, *mlp.weights, ACTIVATIONS[mlp.activation], residual, mlp.adapters)
+        made = graph.call_function(torch.ops.skipc.gated_mlp.default, arguments)
+        made.meta = labels_of(mlp.result)
+        infer(made)
+    last.replace_all_uses_with(made)
+    drop_copies(made)
+    erase_unused(last)
 
 
 @dataclass
@@ -91,9 +101,9 @@ class GatedMLP:
         )
 
 
-def read_gated_mlp(node: Any) -> GatedMLP | None:
-    """The gated MLP whose last product ``node`` is."""
-    if not is_skinny(node) or bias_of(node) is not None:
+def read_gated_mlp(node: Any, few: Few) -> GatedMLP | None:
+    """The gated MLP whose last product ``node`` is, of linear layers that are ``few`` rows."""
+    if not few(node) or bias_of(node) is not None:
         return None
     product: Any = node.args[0]
     if op_name(product) not in ("mul", "__mul__") or len(product.args) != 2 or len(product.users) != 1:
@@ -103,25 +113,25 @@ def read_gated_mlp(node: Any) -> GatedMLP | None:
         if kind is None or not act.args or len(act.users) != 1:
             continue
         gate: Any = act.args[0]
-        if _plain(gate) and _plain(up) and gate.args[0] is up.args[0]:
+        if _plain(gate, few) and _plain(up, few) and gate.args[0] is up.args[0]:
             return GatedMLP(gate.args[0], (gate.args[1], up.args[1], node.args[1]), kind, [gate, up], node)
-        both = _halved(gate, up)
+        both = _halved(gate, up, few)
         if both is not None:
             return GatedMLP(both.args[0], (both.args[1], None, node.args[1]), kind, [both], node)  # type: ignore[arg-type]
     return None
 
 
-def _plain(node: Any) -> bool:
-    return is_skinny(node) and bias_of(node) is None and len(node.users) == 1
+def _plain(node: Any, few: Few) -> bool:
+    return few(node) and bias_of(node) is None and len(node.users) == 1
 
 
-def _halved(gate: Any, up: Any) -> Any:
+def _halved(gate: Any, up: Any, few: Few) -> Any:
     """The layer whose result's first half is ``gate`` and whose second is ``up``."""
     inside: set[fx.Node] = set()
     both: Any = gate
     while isinstance(both, fx.Node) and op_name(both) in EXACT and both.args:
         both = both.args[0]
-    if not is_skinny(both) or bias_of(both) is not None or not isinstance(up, fx.Node):
+    if not few(both) or bias_of(both) is not None or not isinstance(up, fx.Node):
         return None
     for half in (gate, up):
         n = half

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from skipc.kernels.device import on_cpu
+import torch
+from skipc.kernels.device import on_cpu, on_gpu
 from skipc.kernels.linear import MAX_ROWS
 from skipc.kernels.lora import OPERANDS
 from skipc.passes.dataflow import Dataflow
@@ -39,8 +40,15 @@ def is_skinny(node: Any) -> bool:
     return rows is not None and isinstance(rows, int) and 1 <= rows <= MAX_ROWS[tensor(node).dtype]  # type: ignore[union-attr]
 
 
-def native_rows(node: Any) -> Any:
-    """The number of rows of a linear layer that the native kernels could take, but for that number; else None."""
+def is_few_on_gpu(node: Any) -> bool:
+    """True for a linear layer of few rows that Triton kernels take."""
+    rows = native_rows(node, on_gpu)
+    return isinstance(rows, int) and 1 <= rows <= MAX_ROWS[torch.float32]
+
+
+def native_rows(node: Any, ours: Callable[[torch.Tensor], bool] = on_cpu) -> Any:
+    """The number of rows of a linear layer that the native kernels could take, but for that number; else None.
+    ``ours``: whether a tensor is on their device."""
     if not isinstance(node, fx.Node) or op_name(node) not in LINEARS or node.op != "call_function":
         return None
     if len(node.args) < 2 or set(node.kwargs) - {"bias"}:
@@ -48,7 +56,7 @@ def native_rows(node: Any) -> Any:
     x, w, b = tensor(node.args[0]), tensor(node.args[1]), tensor(bias_of(node))
     if x is None or w is None or (bias_of(node) is not None and b is None):
         return None
-    if any(not on_cpu(t) or t.dtype != x.dtype for t in (x, w, b) if t is not None):
+    if any(not ours(t) or t.dtype != x.dtype for t in (x, w, b) if t is not None):
         return None
     if x.dtype not in MAX_ROWS or w.dim() != 2 or x.dim() < 1 or w.stride(1) != 1:
         return None

@@ -105,8 +105,14 @@ def _step(spec: ProgramSpec, step: Step, index: int, gates: str | None = None) -
     if len(step.arms) == 1:
         return _arm(spec, step.arms[0], "    ")
     lines = [f"    arm = arms[{index}]" if gates is None else f"    arm = {gates}.arm({index})"]
+    first = step.arms[0]
+    predicated = gates is not None and first.region is not None and spec.regions[first.region].predicated is not None
+    if predicated:
+        lines += ["    if arm < 0:  # its kernel looks at its gate itself"]
+        lines += [f"        {first.outputs[0]} = {gates}.predicated({index}, [{', '.join(first.inputs)}])"]
+        lines += [f"        {step.moments} = None"] if step.moments is not None else []
     for i, arm in enumerate(step.arms):
-        test = f"{'if' if i == 0 else 'elif'} arm == {i}:"
+        test = f"{'if' if i == 0 and not predicated else 'elif'} arm == {i}:"
         note = f"  # {'run' if i == 0 else 'without ' + ', '.join(sorted(arm.skipped)) + f' (kv={arm.kv})'}"
         body = _arm(spec, arm, "        ")
         if gates is not None and step.moments is not None and step.moments not in arm.outputs:

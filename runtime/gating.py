@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from skipc.kernels.chain import Gates
+from skipc.kernels.device import on_gpu
 from skipc.kernels.similarity import cosine, moments, norm_ratio
 from skipc.runtime.buffers import Stock
+from skipc.runtime.device_gates import DeviceGates
 
 from skipc.ir.errors import PlanError
 from skipc.ir.gating import GateTable
 from skipc.ir.program import KVPolicy, ProgramSpec
 
 _FEW = 256
+_MOST_TABLES = 64  # that are kept on a device
+PREDICATED = -1  # in place of an arm: the kernel that looks at the gate itself
 
 
 def _cosine(dot: float, before: float, after: float) -> float:
@@ -40,6 +44,16 @@ class GatedSpec:
             names = {tuple(sorted(self.place[n] for n in arm.skipped)): arm.skipped for arm in step.arms}
             self.arms.append({sites: step.arm_for(skipped, kv) for sites, skipped in names.items()})
         self._checked: GateTable | None = None
+        self._device_gates: dict[object, DeviceGates | None] = {}
+
+    def on_device(self, table: GateTable, device: torch.device, adapted: bool) -> DeviceGates | None:
+        """See :meth:`DeviceGates.of`."""
+        key = table.work, device, adapted
+        if key not in self._device_gates:
+            if len(self._device_gates) >= _MOST_TABLES:
+                self._device_gates.pop(next(iter(self._device_gates)))
+            self._device_gates[key] = DeviceGates.of(self, table, device, adapted)
+        return self._device_gates[key]
 
     def check(self, table: GateTable) -> None:
         """Refuse a table that the program cannot honour.
@@ -77,6 +91,7 @@ class GatedCall:
             NaN where a site did not run.
         partly: bool ``[batch, tokens]``: those that went through a site, if only some did.
         adapted: True if something was added to the stream of tokens that skipped a site.
+        device: its gates, where they are decided on the device.
     """
 
     def __init__(
@@ -94,6 +109,7 @@ class GatedCall:
         self.adapted = False
         self._closed: dict[int, torch.Tensor] = {}  # bool [batch, tokens]: those that skip a site
         self.moments: dict[tuple[int, ...], torch.Tensor] = {}
+        self._written = self.moments  # what the program writes to
         self._before: dict[int, torch.Tensor] = {}
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}  # moments, as [sites, batch * tokens, 3]
         if 0 in extent:
@@ -101,13 +117,49 @@ class GatedCall:
         else:
             # Before the program allocates: what outlives its values would tear holes in the heap.
             self.skipped, self.moments[extent], self._rows[extent] = plan.stock.take(table, extent, device)
+        # Where they do not change, as plain numbers: while a graph is captured, nothing can be read off a tensor.
+        self._flags: Sequence[Any] = table.flags if table.fixed else self.skipped
+        self.device: DeviceGates | None = None
+
+    def leave_to_device(self, adapted: bool) -> None:
+        """Have gates decided on the device, if they can be. ``adapted``: somebody may want adapters."""
+        rows = next(iter(self._rows.values()), None)
+        if self.table.fixed or rows is None or self.valid is not None or not on_gpu(rows):
+            return
+        self.device = self.plan.on_device(self.table, rows.device, adapted)
+        if self.device is not None:
+            self._flags = self.table.flags  # of all that is decided on the host
+
+    def begin(self) -> None:
+        """Before each of the runs that are captured with this call."""
+        if self.device is not None:
+            self.device.begin(next(iter(self._rows.values())))
+
+    @property
+    def seen(self) -> list[torch.Tensor]:
+        """What a run with this call wrote."""
+        return [*self._written.values(), *([self.device.skipped] if self.device is not None else [])]
+
+    def see(self, seen: Sequence[torch.Tensor]) -> None:
+        """Take what a run wrote with a call like this one. Waits for the device if that decided."""
+        if self.device is not None:
+            *seen, skipped = seen
+            self.skipped = skipped.cpu() != 0
+        self.moments = {tuple(block.shape[1:-1]): block.clone() for block in seen}
 
     # -- asked by the program -----------------------------------------------------------------------------------------
 
     def arm(self, step: int) -> int:
         """Which arm step number ``step`` runs."""
-        sites = self.plan.sites[step]
-        return self.plan.arms[step][tuple(s for s in sites if self.skipped[s])]
+        flags, sites = self._flags, self.plan.sites[step]
+        if self.device is not None and step in self.device.steps and not flags[sites[0]]:
+            return PREDICATED
+        return self.plan.arms[step][tuple(s for s in sites if flags[s])]
+
+    def predicated(self, step: int, inputs: Sequence[Any]) -> torch.Tensor:
+        """The stream behind a step whose kernel looks at its gate itself."""
+        assert self.device is not None
+        return self.device.run(step, inputs, next(iter(self._rows.values())))
 
     def arrive(self, step: int, stream: torch.Tensor) -> torch.Tensor | None:
         """The stream has come to a step whose tokens may differ: bool ``[batch, tokens]``, those that it runs on, or
@@ -161,10 +213,13 @@ class GatedCall:
         about. Returns ``after``, or where the step skips by scaling, that times the scale. ``rows``: the tokens that it
         ran on, if not all; ``measured``: their moments, if its region took them."""
         sites, table = self.plan.sites[step], self.table
+        if self.device is not None and step in self.device.steps and not self._flags[sites[0]]:
+            return after
         for site in sites:
             if site in table.opens_spans:
                 self._before[site] = before
-        running = [s for s in sites if not self.skipped[s]]
+        flags = self._flags
+        running = [s for s in sites if not flags[s]]
         for site in running:
             decides = site in table.deciding
             if not (table.measures or decides):
@@ -207,10 +262,10 @@ class GatedCall:
             self._closed[other] = reached if closed is None or closed.shape != reached.shape else closed | reached
 
     def _block(self, shape: tuple[int, ...], device: torch.device | None) -> torch.Tensor:
-        if shape not in self.moments:
-            self.moments[shape] = torch.full((len(self.skipped), *shape, 3), torch.nan, device=device)
-            self._rows[shape] = self.moments[shape].flatten(1, -2)
-        return self.moments[shape]
+        if shape not in self._written:
+            self._written[shape] = torch.full((len(self.skipped), *shape, 3), torch.nan, device=device)
+            self._rows[shape] = self._written[shape].flatten(1, -2)
+        return self._written[shape]
 
     def _gates(self, shape: tuple[int, ...]) -> Gates:
         valid = self.valid

@@ -6,14 +6,12 @@ import itertools
 import linecache
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from skipc.kernels.device import on_simulated_gpu
-from skipc.kernels.lora import nobody_wants_adapters
+from skipc.kernels.device import wait_for
 from skipc.kernels.similarity import stream_similarity
 from skipc.runtime import sessions
 from skipc.runtime.chaining import Chain, chains_of, gated_chains_of
@@ -31,7 +29,7 @@ from skipc.ir.plan import Plan
 from skipc.ir.program import Arm, KVPolicy, ProgramSpec, Size, Step, Var
 
 if TYPE_CHECKING:
-    from skipc.runtime.graphs import Graphs
+    from skipc.runtime.repeated import Repeated
 
 _MAX_BOUND = 256  # plans that a program keeps ready
 _serial = itertools.count()
@@ -112,7 +110,7 @@ class Program:
             chains = self._chains(selection)
             scope = {f"bind_{k}": chain.bind(self.spec.inputs) for k, chain in enumerate(chains)}
             source = bound_source_for(self.spec, None if isinstance(selection, str) else selection, chains)
-            _make_room(self._binders)
+            make_room(self._binders)
             self._binders[selection] = self._executed(source, "bind", scope)
         return self._binders[selection](inputs)
 
@@ -164,17 +162,10 @@ class Program:
 
     def repeated(self, inputs: Sequence[Any]) -> Repeated:
         """The program on inputs of a call that stay."""
+        from skipc.runtime.repeated import Repeated  # which calls programs
+
         wanted = self.bank.blank() if self.bank is not None else None
         return Repeated(self, self._with(inputs, wanted), wanted)
-
-    def graphs_of(self, inputs: Sequence[Any]) -> Graphs | None:
-        """For graphs of this program on inputs that stay, if it is to be captured."""
-        first = next((t for t in inputs if isinstance(t, torch.Tensor)), None)
-        if not self.graphs or self.spec.reads or first is None or not (first.is_cuda or on_simulated_gpu(first)):
-            return None
-        from skipc.runtime.graphs import Graphs  # imports Triton
-
-        return Graphs(inputs)
 
     def parameters_of(self, inputs: Sequence[Any]) -> list[int]:
         """Identities of the parameters and buffers in a call: which instance of the model it is."""
@@ -183,7 +174,8 @@ class Program:
     def device_of(self, inputs: Sequence[Any]) -> torch.device | None:
         """Where a call runs: compiled code stays on its device."""
         if self._device is None:
-            self._device = next((t.device for t in inputs if isinstance(t, torch.Tensor)), None)
+            found = [t.device for t in inputs if isinstance(t, torch.Tensor)]
+            self._device = next((d for d in found if d.type != "cpu"), found[0] if found else None)
         return self._device
 
     def extent(self, inputs: Sequence[Any]) -> tuple[int, int]:
@@ -196,7 +188,7 @@ class Program:
 
     def run(self, inputs: Sequence[Any], how: Arms | GatedCall) -> tuple[Any, ...]:
         """Run with one arm chosen for each step, or with gates that choose as the program goes."""
-        selection = _selection(how)
+        selection = selection_of(how)
         program = self._bound.get(selection)
         if isinstance(how, GatedCall) and program is not None and not self.joins(how):
             outputs, _ = self._walk(inputs, how)
@@ -204,7 +196,7 @@ class Program:
             if self.huge_pages and not self._bound:
                 back_with_huge_pages(inputs[i] for i in self._model_inputs)
             outputs, _ = self._walk(inputs, how)  # looks at what each region is given
-            _make_room(self._bound)
+            make_room(self._bound)
             self._bound[selection] = self._bind(selection)
         else:
             outputs = program(inputs, how) if isinstance(how, GatedCall) else program(inputs)
@@ -253,7 +245,7 @@ class Program:
         """
         key = (skip, kv)
         if key not in self._plans:
-            _make_room(self._plans)
+            make_room(self._plans)
             arms = tuple(step.arm_for(skip, kv) for step in self.spec.steps)
             self._plans[key] = self.exact if arms == self.exact else arms
         return self._plans[key]
@@ -298,7 +290,8 @@ class Program:
         """The program step by step: outputs, and seconds of each step; ``streams`` gets the stream around it."""
         scope = dict(zip(self.spec.inputs, inputs, strict=True))
         gates = how if isinstance(how, GatedCall) else None
-        wait = _wait_for(inputs)
+        device = self.device_of(inputs)
+        wait = wait_for(device) if device is not None else lambda: None
         seconds: list[float] = []
         for i, step in enumerate(self.spec.steps):
             by_token = gates is not None and gates.table.by_token and step.stream is not None
@@ -334,93 +327,6 @@ class Program:
         return tuple(scope[v.name] if isinstance(v, Var) else v for v in self.spec.outputs), seconds
 
 
-class Repeated:
-    """A program on inputs that stay, called again and again under the session in force at each call. ``wanted``: those
-    inputs that say what its rows want of a bank."""
-
-    def __init__(self, program: Program, inputs: Sequence[Any], wanted: Wanted | None = None):
-        self.program, self.inputs = program, inputs
-        self._wanted = wanted
-        self._want: Wanted | None = None  # what it says, of a session
-        self._parameters = program.parameters_of(inputs)
-        self._steps: dict[Selection, BoundProgram] = {}
-        self._under: weakref.WeakKeyDictionary[Plan, dict[KVPolicy, Repeated]] = weakref.WeakKeyDictionary()
-        self._checked: set[Selection] = set()  # plans that have looked at the inputs since they may have changed
-        self.graphs = program.graphs_of(inputs)
-        self._idle = True  # nobody wants adapters
-
-    def __call__(self, trusted: bool) -> tuple[Any, ...]:
-        """The next outputs. ``trusted``: no code that could have moved or resized an input has run since the last."""
-        if not trusted:
-            self.distrust()
-        session = sessions.session_for(self._parameters) if sessions.any_open() else None
-        if self._wanted is not None:
-            self._choose(session.wanted_of(self.program) if session is not None else None)
-        if session is not None:
-            return session.call(self.program, self.inputs, self)
-        plan = self.program.plan
-        if plan is None:
-            return self.run(self.program.exact)
-        other = self.under(plan, plan.kv or self.program.default_kv)
-        return other.run(other.program.arms_under(plan))
-
-    def _choose(self, want: Wanted | None) -> None:
-        """Say in this program's own tensors what rows want, if that is not what they say."""
-        assert self._wanted is not None
-        assert self.program.bank is not None
-        if want is not self._want:
-            want_now = want or self.program.bank.nobody
-            self._wanted.become(want_now)
-            self._want, self._idle = want, want_now.idle
-
-    def under(self, plan: Plan, kv: KVPolicy) -> Repeated:
-        """The same for the weights and replacements of a plan; see :meth:`Variants.under`."""
-        made = self._under.setdefault(plan, {})
-        if kv not in made:
-            program, inputs = self.program.variants.under(plan, self.inputs, kv)
-            made[kv] = Repeated(program, inputs)
-        made[kv]._idle = self._idle
-        return made[kv]
-
-    def takes(self, given: Sequence[Any]) -> bool:
-        """Whether it is for a call with these inputs."""
-        mine = self.inputs[: len(given)]
-        return len(mine) == len(given) and all(
-            a is b if isinstance(a, torch.Tensor) else a == b for a, b in zip(mine, given, strict=True)
-        )
-
-    def distrust(self) -> None:
-        """Inputs may have moved, or have been written."""
-        self.program.follow(self.inputs)
-        self._checked.clear()
-        if self.graphs is not None:
-            self.graphs.check()
-        for other in (r for by_kv in self._under.values() for r in by_kv.values()):
-            other.distrust()
-
-    def run(self, how: Arms | GatedCall) -> tuple[Any, ...]:
-        program, selection = self.program, _selection(how)
-        step = self._steps.get(selection)
-        if isinstance(how, GatedCall) and not program.joins(how):
-            return program.run(self.inputs, how)
-        if step is None:
-            outputs = program.run(self.inputs, how)  # the first call of a plan looks at what regions are given
-            _make_room(self._steps)
-            self._steps[selection] = program.bound(selection, self.inputs)
-            return outputs
-        trusted = selection in self._checked
-        if isinstance(how, GatedCall):
-            outputs = step(trusted, how)
-        elif self.graphs is not None:
-            idle = self._idle and program.bank is not None
-            with nobody_wants_adapters() if idle else nullcontext():
-                outputs = self.graphs((selection, idle), lambda: step(trusted))
-        else:
-            outputs = step(trusted)
-        self._checked.add(selection)
-        return outputs if how is program.exact else program.unshared(self.inputs, outputs)
-
-
 def _size(size: Size, inputs: Sequence[Any]) -> int:
     if isinstance(size, tuple):
         i, dim = size
@@ -428,11 +334,13 @@ def _size(size: Size, inputs: Sequence[Any]) -> int:
     return size or 0
 
 
-def _selection(how: Arms | GatedCall) -> Selection:
+def selection_of(how: Arms | GatedCall) -> Selection:
+    """What programs are kept by."""
     return how.plan.kv if isinstance(how, GatedCall) else how
 
 
-def _make_room(kept: dict[Any, Any]) -> None:
+def make_room(kept: dict[Any, Any]) -> None:
+    """For one more of what is kept for each selection."""
     if len(kept) >= _MAX_BOUND:
         kept.pop(next(iter(kept)))  # the oldest plan
 
@@ -452,13 +360,6 @@ def _similarity(stream: Stream) -> float | None:
     if len(stream) != 2 or any(not t.is_inference() and t._version != version for t, version in stream):
         return None
     return stream_similarity(stream[0][0], stream[1][0])
-
-
-def _wait_for(inputs: Iterable[Any]) -> Callable[[], None]:
-    """What to call before reading the clock."""
-    if any(isinstance(t, torch.Tensor) and t.is_cuda for t in inputs):
-        return torch.cuda.synchronize
-    return lambda: None
 
 
 class Fallback:

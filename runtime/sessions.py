@@ -33,7 +33,8 @@ from skipc.ir.route import Route
 
 if TYPE_CHECKING:
     from skipc.runtime.gating import GatedCall
-    from skipc.runtime.program import Arms, Measurement, Program, Repeated
+    from skipc.runtime.program import Arms, Measurement, Program
+    from skipc.runtime.repeated import Repeated
 
     from skipc.adapters.bank import AdapterBank, Rows
     from skipc.adapters.modes import Mode

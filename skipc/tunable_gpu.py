@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import time
+import timeit
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from skipc.autotune import Problem, Sample
 from skipc.kernels.gpu import lora
 from skipc.kernels.gpu.catalog import MODULES
-from skipc.kernels.gpu.kernel import Kernel, Launch, forced, recorded
+from skipc.kernels.gpu.kernel import Kernel, Launch, forced, launched_with, recorded
 from skipc.kernels.gpu.model import choices, floor, predicted
 from skipc.kernels.gpu.offline import ARCHS, Arch
 from skipc.kernels.tables import Choice
@@ -74,17 +74,33 @@ def _likely(kernel: Kernel, prepare: Prepare, launch: Launch, arch: Arch | None)
     seconds: dict[Choice, float] = {}
     run = prepare("meta")
     for choice in choices(kernel):
-        with recorded() as launches, forced({kernel.name: choice}):
-            run()
-        again = next(x for x in launches if x.kernel is kernel)
-        seconds[choice] = predicted(again, arch) if arch is not None else kernel.steps(launch.sizes, choice)
+        guess = predicted(launched_with(run, kernel, choice, arch.name), arch) if arch is not None else None
+        seconds[choice] = kernel.steps(launch.sizes, choice) if guess is None else guess
     return sorted((c for c in seconds if c != launch.choice), key=seconds.__getitem__)[:TRIED]
+
+
+def cold_clock(device: str) -> Callable[[Callable[[], object]], float]:
+    """What takes the seconds of a run on ``device`` that finds nothing of its operands in a cache. (On the CPU, where
+    kernels are interpreted, simply those of a run.)"""
+    if device == "cpu":
+        return lambda run: timeit.timeit(run, number=1)
+    other = torch.empty(_FLUSHED, dtype=torch.int8, device=device)
+
+    def seconds(run: Callable[[], object]) -> float:
+        other.zero_()  # longer than the host takes to launch what is timed
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3  # type: ignore[no-any-return]
+
+    return seconds
 
 
 def _start(kernel: Kernel, prepare: Prepare, device: str) -> Callable[[Choice], Sample]:
     """Samples run a launch as a step of a model does, which finds nothing of it in a cache."""
-    run = prepare(device)
-    other = torch.empty(_FLUSHED if device == "cuda" else 1, dtype=torch.int8, device=device)
+    run, cold = prepare(device), cold_clock(device)
 
     def sampler(choice: Choice) -> Sample:
         def launched() -> None:
@@ -98,19 +114,6 @@ def _start(kernel: Kernel, prepare: Prepare, device: str) -> Callable[[Choice], 
                 raise
             return lambda: math.inf  # more shared memory or registers than there are
 
-        def sample() -> float:
-            other.zero_()  # longer than the host takes to launch what is timed
-            if device != "cuda":
-                start = time.perf_counter()
-                launched()
-                return time.perf_counter() - start
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            launched()
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end) * 1e-3  # type: ignore[no-any-return]
-
-        return sample
+        return lambda: cold(launched)
 
     return sampler

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from skipc.kernels.gpu.kernel import Example, Kernel, launch, pick, random
 from skipc.kernels.gpu.phases import is_last
-from skipc.kernels.gpu.rounding import by_hand, rounded
+from skipc.kernels.gpu.rounding import by_hand, rounded, widens
 from skipc.kernels.gpu.workspace import COUNTERS, counters
 from skipc.kernels.tables import Choice
 
@@ -245,7 +245,7 @@ def decode_attention(
         "out": out, "planes": planes, "sync": counters(q) if split > 1 else None, "key_heads": key_heads,
         "groups": groups, "tokens": tokens, "keys": keys, "scale": scale, "softcap": softcap,
         "K_DIM": k_dim, "V_DIM": v_dim, "BLOCK_K": block_k, "BLOCK_V": block_v, "CAUSAL": causal,
-        "CAPPED": softcap != 0, "WIDEN": q.dtype == torch.float32 or by_hand(q.dtype), "BY_HAND": by_hand(q.dtype),
+        "CAPPED": softcap != 0, "WIDEN": widens(q.dtype), "BY_HAND": by_hand(q.dtype),
         "ALIGNED": ALIGNED,
     }  # fmt: skip
     # Of the keys, those that have room: how many are live is known on the device alone.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from skipc.kernels.gpu import attention, lora, merging, mlp, norms, routing, rows
+from skipc.kernels.gpu import attention, linear, lora, merging, mlp, norms, routing, rows
 from skipc.kernels.gpu.kernel import Kernel, Launch, recorded
 
-MODULES: tuple[ModuleType, ...] = (attention, lora, merging, mlp, norms, routing, rows)
+MODULES: tuple[ModuleType, ...] = (attention, linear, lora, merging, mlp, norms, routing, rows)
 KERNELS: dict[str, Kernel] = {v.name: v for m in MODULES for v in vars(m).values() if isinstance(v, Kernel)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

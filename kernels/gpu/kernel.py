@@ -25,6 +25,7 @@ __all__ = [
     "Launch",
     "forced",
     "launch",
+    "launched_with",
     "on_gpu",
     "pick",
     "random",
@@ -135,6 +136,13 @@ def forced(choices: Mapping[str, Choice]) -> Iterator[None]:
     """Kernels of these names are compiled so, whatever tables say."""
     with _with(forced={**_mode.get().forced, **choices}):
         yield
+
+
+def launched_with(run: Callable[[], object], kernel: Kernel, choice: Choice, arch: str) -> Launch:
+    """The launch of ``kernel`` that ``run``, on tensors of the ``meta`` device, makes with these constants."""
+    with recorded(arch) as launches, forced({kernel.name: choice}):
+        run()
+    return next(launch for launch in launches if launch.kernel is kernel)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from skipc.kernels.gpu.kernel import Example, Kernel, launch, pick, random
 from skipc.kernels.gpu.phases import arrive, is_last, leave, reset, take_ticket, wait
-from skipc.kernels.gpu.rounding import by_hand, rounded
+from skipc.kernels.gpu.rounding import by_hand, rounded, widens
 from skipc.kernels.gpu.workspace import counters
 from skipc.kernels.lora import MOST, OPERANDS, PACK, Lora, adapters_wanted
 from skipc.kernels.tables import Choice
@@ -313,7 +313,7 @@ def _launch(x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, Any]], table: 
         choice = pick(TILES, x, **sizes)
         block_m, block_n = choice.constants["BLOCK_M"], choice.constants["BLOCK_N"]
         grid = (sum(triton.cdiv(n, block_n) for n in widths), triton.cdiv(rows, block_m))
-        given["WIDEN"] = x.dtype != layers[0][1][0].dtype or x.dtype == torch.float32 or by_hand(x.dtype)
+        given["WIDEN"] = widens(x.dtype) or x.dtype != layers[0][1][0].dtype
         launch(TILES, choice, grid, given, **measures)
         return
     choice = pick(ROWS, x, **sizes)

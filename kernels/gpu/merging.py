@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from skipc.kernels.gpu.kernel import Example, Kernel, launch, pick, random
 from skipc.kernels.gpu.lora import room_of, second_of
-from skipc.kernels.gpu.rounding import by_hand, rounded
+from skipc.kernels.gpu.rounding import by_hand, rounded, widens
 from skipc.kernels.lora import OPERANDS, PACK, Lora
 from skipc.kernels.tables import Choice
 
@@ -115,7 +115,7 @@ def merge_lora(
     ranks = sum(room_of(o[2]) * sum(w.shape) for w, o in zip(weights, operands, strict=True) if o[2] is not None)
     given = {"like": first, "weights": table, "owners": owners, "slots": slots, "factors": factors,
              "count": len(slots), "PACKED": packed, "PACK": PACK, "FIELDS": _FIELDS,
-             "WIDEN": first.dtype == torch.float32 or by_hand(first.dtype),
+             "WIDEN": widens(first.dtype),
              "BY_HAND": by_hand(first.dtype)}  # fmt: skip
     launch(
         SWITCH, choice, (len(owners),), given, sizes=sizes,

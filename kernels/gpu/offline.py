@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,24 +103,28 @@ def _specialised(value: Any) -> tuple[str, Any, bool]:
     return "fp32", None, False
 
 
+def _parameters(launch: Launch) -> list[tuple[str, str, Any, bool]]:
+    """Of each parameter its name, and what :func:`_specialised` says of its argument."""
+    found = []
+    for parameter in launch.kernel.function.params:
+        value = launch.arguments.get(parameter.name, parameter.default)
+        said = ("constexpr", value, False) if parameter.is_constexpr else _specialised(value)
+        found.append((parameter.name, *said))
+    return found
+
+
+def form(launch: Launch) -> Hashable:
+    """What a compiler sees of a launch: those of one form are compiled alike."""
+    return (launch.kernel.name, launch.choice, *_parameters(launch))
+
+
 def compiled(launch: Launch, arch: Arch) -> Binary:
     """Compile what ``launch`` runs, for ``arch``."""
-    function = launch.kernel.function
-    signature: dict[str, str] = {}
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    for i, parameter in enumerate(function.params):
-        value = launch.arguments.get(parameter.name, parameter.default)
-        if parameter.is_constexpr:
-            kind, fixed, divisible = "constexpr", value, False
-        else:
-            kind, fixed, divisible = _specialised(value)
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[(i,)] = fixed
-        elif divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
+    parameters = _parameters(launch)
+    signature = {name: kind for name, kind, _, _ in parameters}
+    constants: Any = {(i,): fixed for i, (_, kind, fixed, _) in enumerate(parameters) if kind == "constexpr"}
+    attributes: Any = {(i,): [["tt.divisibility", 16]] for i, (*_, divisible) in enumerate(parameters) if divisible}
+    source = ASTSource(launch.kernel.function, signature, constants, attributes)
     options = {"num_warps": launch.choice.warps, "num_stages": launch.choice.stages}
     made = triton.compile(source, target=arch.target, options=options)
     threads = launch.choice.warps * arch.target.warp_size

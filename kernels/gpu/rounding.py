@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from skipc.kernels.gpu.kernel import simulating
+from skipc.kernels.device import simulating
 
 
 def by_hand(dtype: torch.dtype) -> bool:
     """Whether kernels must round to ``dtype`` themselves: the interpreter cuts the bits off that bf16 has no room
     for."""
     return dtype == torch.bfloat16 and simulating()
+
+
+def widens(dtype: torch.dtype) -> bool:
+    """Whether operands of a matrix product must be cast to fp32 before it: the interpreter multiplies bf16 wrongly."""
+    return dtype == torch.float32 or by_hand(dtype)
 
 
 @triton.jit

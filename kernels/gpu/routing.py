@@ -10,10 +10,8 @@ import triton
 import triton.language as tl
 from skipc.kernels.gpu.kernel import Example, Kernel, launch, pick, random
 from skipc.kernels.lora import MOST, adapters_wanted
-from skipc.kernels.routing import HEADER, places
+from skipc.kernels.routing import HEADER, MOST_EXPERTS, places
 from skipc.kernels.tables import Choice
-
-EXPERTS = 64  # at most
 
 
 @triton.jit
@@ -59,8 +57,8 @@ def route(x, x_stride, rows, router, table, gates, HEADER: tl.constexpr, BLOCK_E
 
 ROUTE = Kernel(
     "route", route, ("rows", "width", "bits"),
-    {"BLOCK_E": (EXPERTS,), "BLOCK_K": (64, 128), "warps": (4, 8), "stages": (1, 2)},
-    Choice(constants={"BLOCK_E": EXPERTS, "BLOCK_K": 64}, warps=4, stages=1),
+    {"BLOCK_E": (MOST_EXPERTS,), "BLOCK_K": (64, 128), "warps": (4, 8), "stages": (1, 2)},
+    Choice(constants={"BLOCK_E": MOST_EXPERTS, "BLOCK_K": 64}, warps=4, stages=1),
     steps=lambda sizes, c: 4 + -(-sizes["width"] // c.constants["BLOCK_K"]),
 )  # fmt: skip
 
@@ -82,7 +80,7 @@ def route_tokens(x: torch.Tensor, router: torch.Tensor, table: torch.Tensor, gat
     given = {"x": rows, "x_stride": rows.stride(0), "rows": len(rows), "router": router, "table": table, "gates": gates,
              "HEADER": HEADER}  # fmt: skip
     moved = x.numel() * x.element_size() + 4 * router.numel() + 12 * len(rows) * MOST
-    operations = 2 * x.numel() * EXPERTS
+    operations = 2 * x.numel() * MOST_EXPERTS
     launch(ROUTE, pick(ROUTE, x, **sizes), (len(rows),), given, sizes=sizes, moved=moved, operations=operations)
 
 

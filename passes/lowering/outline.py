@@ -26,6 +26,7 @@ from skipc.passes.lowering.arms import ArmBuilder, ArmGraph
 from skipc.passes.lowering.compaction import gather_of, live_of, queries_of, with_guards
 from skipc.passes.lowering.inductor import Compiled, compile_region, overlapped_builds
 from skipc.passes.lowering.measuring import measure, points_of
+from skipc.passes.lowering.predicated import predicated
 from skipc.passes.lowering.regions import Region, as_it_is
 from skipc.passes.lowering.structure import structure_of, translate
 from skipc.passes.manager import PassManager
@@ -208,6 +209,8 @@ class Outline:
             calls=1,
             rare=arm.kv == "copy",
         )
+        if not arm.skipped and points is not None:
+            region.predicated = predicated(region.gm)  # before passes take adapters apart
         self.manager.run_region(region.gm, region.name)
         if points is not None:
             measure(region, points)

@@ -23,7 +23,7 @@ _FREE = VIEWS | frozenset(["getitem", "expand", "transpose", "permute", "size", 
 @dataclass
 class Region:
     """A distinct region: its graph and, once compiled, its function. ``rare``: it is called in few sessions.
-    ``measures``: its last result are moments of the stream around it."""
+    ``measures``: its last result are moments of the stream around it. ``predicated``: see :class:`RegionInfo`."""
 
     name: str
     gm: fx.GraphModule
@@ -34,6 +34,7 @@ class Region:
     seconds: float = 0.0
     rare: bool = False
     measures: bool = False
+    predicated: KernelCall | None = None
 
     @cached_property
     def interpreted(self) -> bool:
@@ -53,7 +54,10 @@ class Region:
     def info(self) -> RegionInfo:
         """The record for reports."""
         count = sum(1 for n in self.gm.graph.nodes if n.op in ("call_function", "call_method"))
-        return RegionInfo(self.name, count, self.calls, not self.interpreted, self.seconds, kernel_calls(self.gm.graph))
+        kernels = kernel_calls(self.gm.graph)
+        return RegionInfo(
+            self.name, count, self.calls, not self.interpreted, self.seconds, kernels, predicated=self.predicated
+        )
 
 
 def kernel_calls(graph: fx.Graph) -> tuple[KernelCall, ...]:

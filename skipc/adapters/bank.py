@@ -20,10 +20,9 @@ from skipc.adapters.slots import Loaded, allocated, targets_of, write
 from skipc.ir.adapters import Wanted
 from skipc.ir.errors import AdapterError, nearest
 from skipc.kernels.lora import MOST
-from skipc.kernels.routing import places
+from skipc.kernels.routing import MOST_EXPERTS, places
 
 _TABLE = 2 + 65536  # places for slots of rows, in a table
-_EXPERTS = 64  # of a router
 Row = str | None | Mapping[str, float]
 Rows = str | Mapping[str, float] | Sequence[Row] | AdapterRouter
 
@@ -197,7 +196,7 @@ class AdapterBank:
             raise AdapterError(f"a token wants {router.top_k} adapters, and {MOST} are possible")
         if places(len(router.experts), router.width) > len(self.nobody.router):
             raise AdapterError(
-                f"{router} is larger than those that this bank takes: {_EXPERTS} experts of the width of its layers"
+                f"{router} is larger than those that this bank takes: {MOST_EXPERTS} experts of the width of its layers"
             )
         held, table = self._held(name for name in router.experts if name is not None)
         packed = router.packed({name: loaded.slot for name, loaded in held.items() if loaded.enabled})
@@ -234,7 +233,7 @@ class AdapterBank:
         width = max((layer.shape[1] for layer in self.layers.values()), default=0)
         device = next((layer.memory.device for layer in self.layers.values()), None)
         table, gates = (torch.zeros(_TABLE, dtype=d, device=device) for d in (torch.int64, torch.float32))
-        return Wanted(table, gates, torch.zeros(places(_EXPERTS, width), device=device))
+        return Wanted(table, gates, torch.zeros(places(MOST_EXPERTS, width), device=device))
 
     def _hold(self, asked: dict[str, Loaded]) -> dict[str, Loaded]:
         """Have all that is asked for in slots, and keep it there."""

@@ -101,8 +101,9 @@ def measure(layers: Sequence[tuple[torch.Tensor, AdaptedLayer]], slot: int, swit
         slot: that some adapter lies in.
         switch: seconds of merging.
     """
-    native.available()  # which programs run, if it is
     device = layers[0][0].device
+    if on_cpu(layers[0][0]):
+        native.available()  # which programs run, if it is
     generator = torch.Generator().manual_seed(0)
     inputs = {(w.shape[1], w.dtype): torch.randn(_ROWS, w.shape[1], generator=generator).to(w) for w, _ in layers}
     gates = torch.ones(2 + _ROWS, device=device)

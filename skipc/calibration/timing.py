@@ -15,6 +15,7 @@ import torch
 from skipc.calibration.batches import Batch
 from skipc.calibration.costs import Regime
 from skipc.ir.plan import Plan
+from skipc.kernels.device import wait_for
 from skipc.model import CompiledModel
 
 _BURST = 6  # decode steps in a row, of which the first finds another plan's weights in the caches
@@ -58,7 +59,7 @@ def time_peers(
         if id(peer.call) not in ready:
             decodes = regime.phase == "decode"
             ready[id(peer.call)] = (_decoding if decodes else _calling)(model, peer.call, regime, example)
-    wait = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
+    wait = wait_for(next(model.parameters()).device)
     times: dict[str, list[float]] = {name: [] for name in peers}
     for i in range(rounds + 2):
         for name, peer in peers.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -109,6 +109,24 @@ class GateTable:
     def deciding(self) -> frozenset[int]:
         """Numbers of the sites whose similarity may close gates of the same call."""
         return frozenset((self.threshold.isfinite() & self.closes.any(1)).nonzero().flatten().tolist())
+
+    @property
+    def fixed(self) -> bool:
+        """True if all that a call skips is known before it: nothing is decided in its middle."""
+        return not self.deciding and not self.routed
+
+    @cached_property
+    def flags(self) -> tuple[bool, ...]:
+        """``skip`` as plain numbers."""
+        return tuple(self.skip.tolist())
+
+    @cached_property
+    def work(self) -> Hashable:
+        """Equal for tables that ask for the same work."""
+        told = (self.flags, self.measures, tuple(self.factors_by_number.items()), tuple(self.spans.items()))
+        if self.fixed:
+            return told
+        return (*told, self.rule, tuple(self.threshold.tolist()), tuple(self.closes.flatten().tolist()), self.routed)
 
     @property
     def by_token(self) -> bool:

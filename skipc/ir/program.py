@@ -146,6 +146,7 @@ class RegionInfo:
     compiled: bool  # False: so little work that it runs as it is, without Inductor
     seconds: float = 0.0  # of code generation; C++ builds run beside it
     kernels: tuple[KernelCall, ...] = ()  # all that it does, if that is calling sublayer kernels
+    predicated: KernelCall | None = None  # the same, as one that can be told on the device not to run
 
 
 @dataclass(frozen=True)

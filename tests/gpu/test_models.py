@@ -13,6 +13,7 @@ import torch
 from skipc.kernels.device import simulated
 from skipc.kernels.gpu.kernel import forced
 from skipc.kernels.tables import Choice
+from skipc.runtime.gating import GatedCall
 from skipc.runtime.graphs import Graphs
 
 import skipc
@@ -148,6 +149,80 @@ def test_routers_decide_on_the_device(llama: Case) -> None:
     found = llama.launches()
     assert found["route"] == 1
     assert found["lora_rows"] == 4 * LAYERS
+
+
+class TestPolicies:
+    """Steps whose stream is measured, and about which a policy decides before they run."""
+
+    def run(self, llama: Case, policy: Any, **session: Any) -> Any:
+        with llama.compiled.session(policy=policy, record=True, **session) as opened:
+            made = skipc.generate(llama.compiled, ids(2, 5).to(DEVICE), max_new_tokens=2 * NEW, eos_token_id=None)
+        return made, opened
+
+    def test_measuring_adds_no_launch_and_changes_no_token(self, llama: Case) -> None:
+        skip = {"model.layers.1.mlp"}
+        with llama.compiled.session(skip=skip):
+            expected = skipc.generate(llama.compiled, ids(2, 5).to(DEVICE), max_new_tokens=2 * NEW, eos_token_id=None)
+        made, session = self.run(llama, skipc.Static(skip, measures=True))
+        assert torch.equal(made, expected)
+        assert llama.launches() == {"decode_attention": LAYERS}
+        assert set(session.stats().similarity) == set(session.stats().ran) - skip
+        assert llama.graphs.refused is None
+
+    def test_what_is_seen_is_what_each_step_did(self, llama: Case) -> None:
+        """Similarities of captured steps are those of steps that ran one launch at a time."""
+        _, captured = self.run(llama, skipc.Observe())
+        assert any(len(key) == 3 for key in llama.graphs._captured)
+        with a_gpu(), forced(FEW):
+            plain = skipc.compile(llama.base, fullgraph=True, graphs=False, **STRICT)
+            with plain.session(policy=skipc.Observe()) as session:
+                skipc.generate(plain, ids(2, 5).to(DEVICE), max_new_tokens=2 * NEW, eos_token_id=None)
+        ours, theirs = captured.stats(), session.stats()
+        assert ours.similarity.keys() == theirs.similarity.keys()
+        assert all(abs(v - theirs.similarity[n]) < 1e-5 for n, v in ours.similarity.items())
+        assert ours.histogram == theirs.histogram
+
+    def test_decisions_made_between_steps_are_captured(self, llama: Case) -> None:
+        """One that skips after a warm-up and lets sites run again: each choice has a graph, and a route replays it."""
+        policy = skipc.Lagged(-1.0, warmup=3, refresh=2)
+        made, session = self.run(llama, policy)
+        skipped = [step.skipped for step in session.route.steps]
+        mlps = frozenset(f"model.layers.{i}.mlp" for i in range(LAYERS))
+        assert skipped[:4] == [frozenset()] * 4
+        assert set(skipped[4:]) == {mlps, frozenset()}
+        with llama.compiled.session(route=session.route) as replay:
+            again = skipc.generate(llama.compiled, ids(2, 5).to(DEVICE), max_new_tokens=2 * NEW, eos_token_id=None)
+        assert torch.equal(again, made)
+        assert replay.stats().recompiles == 0
+        assert llama.graphs.refused is None
+
+    def test_decisions_inside_a_step_are_made_on_the_device(self, llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are those of the host, and a step is captured once, whatever is skipped in it."""
+        _, seen = self.run(llama, skipc.Observe())
+        typical = seen.stats().similarity["model.layers.0.mlp"]
+        policy = skipc.FFNSkip(typical, cold_start=0, cold_end=0, warmup=0, rule="majority")
+        with monkeypatch.context() as patch:
+            patch.setattr(GatedCall, "leave_to_device", lambda self, adapted: None)
+            expected, on_host = self.run(llama, policy)
+        before = set(llama.graphs._captured)
+        made, on_device = self.run(llama, policy)
+        skipped = [step.skipped for step in on_device.route.steps]
+        assert skipped == [step.skipped for step in on_host.route.steps]
+        assert len(set(skipped[1:])) == 2  # some steps skip, others do not
+        assert torch.equal(made, expected)
+        ours, theirs = on_device.stats(), on_host.stats()
+        assert ours.skipped == theirs.skipped
+        assert ours.similarity.keys() == theirs.similarity.keys()
+        assert all(abs(v - theirs.similarity[n]) < 1e-5 for n, v in ours.similarity.items())
+        assert len(set(llama.graphs._captured) - before) == 1
+        assert llama.launches() == {"decode_attention": LAYERS, "mlp_rows": LAYERS}
+        assert llama.graphs.refused is None
+
+    def test_decisions_about_attentions_stay_on_the_host(self, llama: Case) -> None:
+        before = dict(llama.graphs._captured)
+        _, session = self.run(llama, skipc.EarlyExit(-1.0))
+        assert session.stats().skipped["model.layers.1.self_attn"] > 0
+        assert dict(llama.graphs._captured) == before
 
 
 @pytest.mark.parametrize("name", ["gemma2", "qwen3"])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from skipc.kernels.gpu import mlp
+from skipc.kernels.gpu import linear, mlp
+from skipc.kernels.gpu.gates import Gate
 from skipc.kernels.gpu.kernel import forced, recorded
 from skipc.kernels.similarity import RULE_CODES, reached, stream_moments
 from skipc.kernels.tables import Choice
@@ -74,7 +75,7 @@ def test_activations_and_low_rank(activation: int, rows: int) -> None:
 def test_linear(dtype: torch.dtype, rows: int) -> None:
     x, w, bias, norm = (torch.randn(*s).to(dtype) for s in ((rows, 70), (35, 70), (35,), (70,)))
     residual = torch.randn(rows, 35).to(dtype)
-    made = mlp.linear(x, w, bias, norm, 1e-5, residual)
+    made = linear.linear(x, w, bias, norm, 1e-5, residual)
 
     def torchs(
         x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, norm: torch.Tensor, r: torch.Tensor
@@ -100,13 +101,14 @@ def test_a_skipped_site_touches_nothing(rows: int) -> None:
     flags, moments = torch.tensor([0, 1, 0], dtype=torch.int8), torch.full((rows, 3), 7.0)
     before = x.clone()
     with recorded() as launches:
-        weights.run(x, mlp.Gate(flags, 1, moments, torch.ones(3, dtype=torch.int8), -2.0), out=x)
+        weights.run(x, Gate(flags, 1, moments, torch.ones(3, dtype=torch.int8), -2.0), out=x)
     assert len(launches) == 1
     assert torch.equal(x, before)
     assert (moments == 7).all()
     assert flags.tolist() == [0, 1, 0]
+    assert torch.equal(weights.run(x, Gate(flags, 1)), before)  # elsewhere, the stream goes on
     out = torch.full((rows, 70), 5.0)
-    mlp.linear(x[:, :50], weights.down, out=out, gate=mlp.Gate(flags, 1))
+    linear.linear(x[:, :50], weights.down, out=out, gate=Gate(flags, 1))
     assert (out == 5).all()
 
 
@@ -124,7 +126,7 @@ def test_gates_close_as_on_the_host(rule: Any, rows: int, padded: bool) -> None:
     for threshold in (min(cosines) - 1e-3, sorted(cosines)[len(cosines) // 2] + 1e-4, max(cosines) + 1e-3):
         flags, moments = torch.zeros(70, dtype=torch.int8), torch.full((rows, 3), torch.nan)
         stream = x.clone()
-        weights.run(stream, mlp.Gate(flags, 0, moments, closes, threshold, RULE_CODES[rule], valid), out=stream)
+        weights.run(stream, Gate(flags, 0, moments, closes, threshold, RULE_CODES[rule], valid), out=stream)
         assert torch.equal(stream, after)
         torch.testing.assert_close(moments, found, rtol=1e-5, atol=1e-5)
         assert bool(flags.any()) == reached(found, threshold, rule, valid)

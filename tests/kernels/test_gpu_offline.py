@@ -11,9 +11,9 @@ import torch
 from skipc.kernels.device import simulated
 from skipc.kernels.gpu import lora
 from skipc.kernels.gpu.catalog import DTYPES, KERNELS, Case, cases
-from skipc.kernels.gpu.kernel import Launch, forced, launch, pick, recorded
-from skipc.kernels.gpu.mlp import LINEAR
-from skipc.kernels.gpu.offline import ARCHS, Arch, Binary, compiled
+from skipc.kernels.gpu.kernel import forced, launch, pick, recorded
+from skipc.kernels.gpu.linear import LINEAR
+from skipc.kernels.gpu.offline import ARCHS, Arch, Binary, compiled, form
 from skipc.kernels.tables import SHIPPED, Choice, Table, choose, folder, forget, tables_of
 
 from skipc.ir.errors import ConfigError
@@ -21,21 +21,8 @@ from skipc.ir.errors import ConfigError
 PRODUCTS = {"decode_attention", "prefill_attention", "lora_tiles", "merge_weights"}  # by tensor cores
 
 
-def form(case: Launch, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What a compiler sees of a launch."""
-    seen = []
-    for name, value in sorted(case.arguments.items()):
-        if isinstance(value, torch.Tensor):
-            seen.append((name, value.dtype))
-        elif value is None or isinstance(value, bool) or value == 1 or name.isupper():
-            seen.append((name, value))
-        elif isinstance(value, int):
-            seen.append((name, value % 16 == 0, abs(value) < 1 << 31))
-    return (case.kernel.name, case.choice, dtype, *seen)
-
-
 def different(arch: Arch, dtype: torch.dtype) -> list[Case]:
-    return list({form(case.launch, case.dtype): case for case in cases(arch.name, (dtype,))}.values())
+    return list({form(case.launch): case for case in cases(arch.name, (dtype,))}.values())
 
 
 # fp16 compiles to what bf16 does, with other instructions of the same form.
@@ -140,6 +127,11 @@ class TestTables:
     def test_a_row_that_chooses_by_what_there_is_not(self) -> None:
         self.write("sm_90", LINEAR.source, [{"when": {"moon": [1, 2]}, "constants": {}}])
         with pytest.raises(ConfigError, match="'moon'"):
+            self.chosen("sm_90")
+
+    def test_a_row_with_other_constants_is_an_error(self) -> None:
+        self.write("sm_90", LINEAR.source, [{"when": {}, "constants": {"BLOCK_N": 16}}])
+        with pytest.raises(ConfigError, match="linear_rows takes"):
             self.chosen("sm_90")
 
 
