@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip
-PYTEST = $(VENV)/bin/python -m pytest
+# Tests are mostly compilations, each of one thread. Idle threads of one process must not spin while the other works.
+WORKERS ?= 2
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 SOURCES = skipc passes runtime kernels tests benchmarks examples
 
 .PHONY: help demo test test-all check format bench bench-grid clean

@@ -171,8 +171,8 @@ class Peer:
 
 
 def time_models(found: dict[str, Any], model: Any, device: str, batch: int, rounds: int, simulate: bool) -> None:
-    """Decode steps: eager, Inductor with CUDA graphs, and skipc exact, with adapters, and with sublayers skipped; and
-    whether greedy tokens are eager's."""
+    """Decode steps: eager, Inductor with CUDA graphs, and skipc exact, with adapters, with sublayers skipped, and with
+    policies; and whether greedy tokens are eager's."""
     context, steps = (8, 4) if simulate else (128, 16)
     bank = skipc.AdapterBank(model, slots=8, max_rank=16)
     adapters = random_adapters(model, 8)
@@ -189,7 +189,11 @@ def time_models(found: dict[str, Any], model: Any, device: str, batch: int, roun
         "skipc, bank, nobody": (banked, None),
         f"skipc, {batch} rows with adapters": (banked, lambda: banked.session(adapters=rows)),
         f"skipc, {len(skipped)} of {len(sites)} sublayers skipped": (exact, lambda: exact.session(skip=skipped)),
-    }
+        "skipc, all similarities measured": (exact, lambda: exact.session(policy=skipc.Observe())),
+        "skipc, every second MLP skipped by decisions on the device": (
+            exact, lambda: exact.session(policy=skipc.FFNSkip(-1.0, 0, 0, warmup=0, stride=1))
+        ),
+    }  # fmt: skip
     if not simulate:
         calls["Inductor, reduce-overhead"] = (torch.compile(model, mode="reduce-overhead"), None)
     peers = {name: Peer(model, call, batch, context) for name, (call, _) in calls.items()}

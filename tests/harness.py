@@ -26,6 +26,11 @@ from tests.models.zoo import ids
 STRICT = {"on_error": "raise"}
 
 
+def seldom(*values: Any) -> Any:
+    """Parameters of a test that `make test` leaves out: another case of what others show."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def floats(output: Any) -> list[torch.Tensor]:
     """All floating tensors in a model's output."""
     if hasattr(output, "to_tuple"):

@@ -12,7 +12,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 
 import skipc
 from tests.adapters.test_adapter import ids, trained
-from tests.harness import STRICT, assert_no_further, in_threads
+from tests.harness import STRICT, assert_no_further, in_threads, seldom
 from tests.models.zoo import ZOO
 
 MLP = "base_model.model.model.layers.1.mlp"
@@ -114,8 +114,15 @@ def two_active(dtype: torch.dtype = torch.float32, wide: bool = False) -> torch.
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    ("wide", "dtype"),
+    [
+        (False, torch.bfloat16),
+        (True, torch.float32),
+        seldom(False, torch.float32),
+        seldom(True, torch.bfloat16),
+    ],
+)
 def test_several_active_and_wide_adapters_are_fused(dtype: torch.dtype, wide: bool) -> None:
     model, given = two_active(dtype, wide).base_model.model, ids(2, 6)
     assert fused(model, given) == 14

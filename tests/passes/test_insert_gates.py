@@ -16,7 +16,7 @@ from transformers import StaticCache
 
 import skipc
 from skipc.ir.gating import GateTable
-from tests.harness import STRICT, assert_no_further, capture, eager_skip, floats, in_double
+from tests.harness import STRICT, assert_no_further, capture, eager_skip, floats, in_double, seldom
 from tests.models.zoo import BEYOND, ZOO
 
 KINDS = ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral", "bert", "vit", "t5", "torch_encoder", "hand_written"]
@@ -113,13 +113,7 @@ def test_writes_stay_and_thresholds_close_gates() -> None:
             assert out[graph.outputs].tolist() == [False, False, closed, closed]
 
 
-LOWERED = [
-    "llama",
-    "gpt_neox",
-    "mixtral",
-    pytest.param("t5", marks=pytest.mark.slow),
-    pytest.param("bert", marks=pytest.mark.slow),
-]
+LOWERED = ["llama", *map(seldom, ("gpt_neox", "mixtral", "t5", "bert"))]
 
 
 @pytest.mark.parametrize("name", LOWERED)

@@ -13,7 +13,7 @@ import skipc
 from skipc.calibration.batches import batches_of, call_on, result_of
 from skipc.calibration.thinning import drops_groups, thin_weights
 from skipc.ir.site import HiddenLayer
-from tests.harness import STRICT, assert_equal_bits, run_regions_uncompiled
+from tests.harness import STRICT, assert_equal_bits, run_regions_uncompiled, seldom
 from tests.models.zoo import ZOO, ids
 
 
@@ -38,8 +38,11 @@ def without_groups(
 @pytest.mark.parametrize(
     ("name", "width", "size"),
     [
-        *((name, 2, 32) for name in ("llama", "qwen3", "mistral", "gemma2", "mixtral")),
-        *((name, 4, 16) for name in ("bert", "vit", "bart")),
+        ("llama", 2, 32),
+        ("gemma2", 2, 32),
+        ("bert", 4, 16),
+        *(seldom(name, 2, 32) for name in ("qwen3", "mistral", "mixtral")),
+        *(seldom(name, 4, 16) for name in ("vit", "bart")),
     ],
 )
 @torch.no_grad()
