@@ -21,7 +21,7 @@ import click
 import torch
 from common import check_load, console, resident, save
 from rich.table import Table
-from skipc.runtime.generation import Decoder
+from skipc.runtime.decoder import Decoder
 
 import skipc
 from skipc.adapters.adapter import Adapter

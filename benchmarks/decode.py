@@ -23,7 +23,7 @@ NAMES = ["eager", "inductor", "inductor max", "skipc step", "skipc generate"]
 @torch.no_grad()
 def cells(group: list[dict[str, Any]], rounds: int, only: str | None) -> list[dict[str, Any]]:
     """Milliseconds of one step, by peer, of cells that differ in how many keys are in use: one compilation each."""
-    from skipc.runtime.generation import Decoder
+    from skipc.runtime.decoder import Decoder
     from transformers import StaticCache
 
     dtype, batch, cache, threads = (group[0][k] for k in ("dtype", "batch", "cache", "threads"))

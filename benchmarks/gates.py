@@ -54,7 +54,7 @@ def turns(compiled: Any, run: Callable[[], Any], rounds: int, burst: int, phase:
 @torch.no_grad()
 def measure(dtype: str, batch: int, prompt: int, cache: int, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of decode steps and of prefills."""
-    from skipc.runtime.generation import Decoder
+    from skipc.runtime.decoder import Decoder
     from transformers import StaticCache
 
     model, _ = load_smollm2(getattr(torch, dtype))

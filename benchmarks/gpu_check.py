@@ -34,7 +34,7 @@ from skipc.kernels.gpu.kernel import arch_of_device, forced
 from skipc.kernels.gpu.model import floor
 from skipc.kernels.gpu.offline import ARCHS
 from skipc.kernels.tables import Choice, tables_of
-from skipc.runtime.generation import Decoder
+from skipc.runtime.decoder import Decoder
 
 import skipc
 from skipc.adapters.adapter import Adapter, LoRA

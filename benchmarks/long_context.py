@@ -41,7 +41,7 @@ def policies_of(compiled: Any, windows: list[torch.Tensor]) -> dict[str, Callabl
 @torch.no_grad()
 def measure(dtype: str, prompt: int, cache: int, steps: int, rounds: int) -> dict[str, dict[str, Any]]:
     """For each policy: seconds of prefills and of decode steps, and nats for each of the tokens that follow."""
-    from skipc.runtime.generation import Decoder
+    from skipc.runtime.decoder import Decoder
 
     model, tokenizer = load_smollm2(getattr(torch, dtype))
     compiled = skipc.compile(model, fullgraph=True, on_error="raise")

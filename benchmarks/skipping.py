@@ -48,7 +48,7 @@ def turns(
 @torch.no_grad()
 def measure(dtype: str, batch: int, prompt: int, cache: int, rounds: int) -> dict[str, dict[str, Any]]:
     """For each phase and kind of site: milliseconds by share, and what the sites take by themselves."""
-    from skipc.runtime.generation import Decoder
+    from skipc.runtime.decoder import Decoder
     from transformers import StaticCache
 
     model, _ = load_smollm2(getattr(torch, dtype))

@@ -12,6 +12,8 @@ from skipc.kernels.lora import Lora, add_lora
 # More rows are bound by arithmetic, where a blocked matrix product wins (oneDNN's for bf16, earlier).
 MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8}
 
+MOST_ROWS = 16  # that one launch on a GPU takes
+
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}
 
 library.define(

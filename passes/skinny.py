@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from skipc.kernels.device import on_cpu, on_gpu
-from skipc.kernels.linear import MAX_ROWS
+from skipc.kernels.library import NATIVE, TRITON
+from skipc.kernels.linear import MAX_ROWS, MOST_ROWS
 from skipc.kernels.lora import OPERANDS
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.norms import RMSNorm, read_rms_norm
@@ -42,13 +43,15 @@ def is_skinny(node: Any) -> bool:
 
 def is_few_on_gpu(node: Any) -> bool:
     """True for a linear layer of few rows that Triton kernels take."""
-    rows = native_rows(node, on_gpu)
-    return isinstance(rows, int) and 1 <= rows <= MAX_ROWS[torch.float32]
+    rows = native_rows(node, on_gpu, TRITON)
+    return isinstance(rows, int) and 1 <= rows <= MOST_ROWS
 
 
-def native_rows(node: Any, ours: Callable[[torch.Tensor], bool] = on_cpu) -> Any:
+def native_rows(
+    node: Any, ours: Callable[[torch.Tensor], bool] = on_cpu, dtypes: Collection[torch.dtype] = NATIVE
+) -> Any:
     """The number of rows of a linear layer that the native kernels could take, but for that number; else None.
-    ``ours``: whether a tensor is on their device."""
+    ``ours``: whether a tensor is on their device; ``dtypes``: that they take."""
     if not isinstance(node, fx.Node) or op_name(node) not in LINEARS or node.op != "call_function":
         return None
     if len(node.args) < 2 or set(node.kwargs) - {"bias"}:
@@ -58,7 +61,7 @@ def native_rows(node: Any, ours: Callable[[torch.Tensor], bool] = on_cpu) -> Any
         return None
     if any(not ours(t) or t.dtype != x.dtype for t in (x, w, b) if t is not None):
         return None
-    if x.dtype not in MAX_ROWS or w.dim() != 2 or x.dim() < 1 or w.stride(1) != 1:
+    if x.dtype not in dtypes or w.dim() != 2 or x.dim() < 1 or w.stride(1) != 1:
         return None
     if not all(isinstance(n, int) for n in (x.shape[-1], *w.shape)) or (b is not None and b.stride(0) != 1):
         return None

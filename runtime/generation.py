@@ -1,122 +1,23 @@
-"""``skipc.generate``: prefill and decode on a static cache, with guards checked when something changes."""
+"""``skipc.generate``: prefill and decode on a static cache."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from skipc.kernels.device import on_gpu
 from skipc.runtime import sessions
-from skipc.runtime.replay import Replay
-
-from skipc.ir.errors import PlanError
+from skipc.runtime.decoder import Decoder, cache_argument, decoder_for
+from skipc.runtime.speculation.loop import Request, Rules
+from skipc.runtime.speculation.pace import Pace
+from skipc.runtime.speculation.settings import Speculation, SpeculationStats
 
 log = logging.getLogger("skipc")
 
-_SMALLEST = 256  # cache length
-_CHUNK = 8  # tokens that run again together under kv="backfill"
-_MAX_STATIC = 5  # kinds of decoders for which Dynamo compiles anew; it gives up on a model after 8 compilations
 
 OnToken = Callable[[torch.Tensor], Any]
-
-
-def cache_argument(model: torch.nn.Module) -> str | None:
-    """What ``model.forward`` calls its cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before; None if
-    it takes none."""
-    known = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in known), None)
-
-
-class Decoder:
-    """A model, a static cache for ``batch`` rows of up to ``length`` tokens, and the buffers that a step reads."""
-
-    def __init__(self, model: Any, call: Callable[..., Any], batch: int, length: int, padded: bool):
-        from transformers import StaticCache
-
-        device = next(model.parameters()).device
-        self.model, self.call, self.batch, self.length, self.padded = model, call, batch, length, padded
-        self.cache: Any = StaticCache(config=model.config, max_cache_len=length)
-        self.cached = {cache_argument(model) or "past_key_values": self.cache}
-        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.mask = torch.ones(batch, length, dtype=torch.long, device=device)
-        self.fed = torch.zeros(batch, length, dtype=torch.long, device=device)  # tokens whose keys the cache has
-        self.count = 0
-        # One eager token lets the cache take the shapes of any architecture, before anything is compiled.
-        model(input_ids=self.token, **self.cached)
-        self.replay = Replay(self._step, lambda out: out.logits, model, [self.cache, *self.cache.layers])
-
-    def fix_sizes(self) -> None:
-        """Tell Dynamo to compile steps for just these sizes. Left alone it makes those variable that it saw change, and
-        the kernels for few rows, and for keys and values of one length, need to know them."""
-        caches = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
-        for t in (self.token, self.position, self.mask, *caches):
-            torch._dynamo.mark_static(t)
-
-    def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Logits behind the prompt: float [batch, vocabulary]."""
-        self.cache.reset()
-        self.replay.forget()
-        if (session := sessions.innermost(self.model)) is not None:
-            session.new_request()
-        extra: dict[str, Any] = {}
-        if mask is not None:
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-            extra = {"attention_mask": mask.long(), "position_ids": positions}
-            self.mask.fill_(1)
-            self.mask[:, : ids.shape[1]] = mask
-            self.position.copy_(positions[:, -1:])
-        self.count = ids.shape[1]
-        self.fed[:, : self.count] = ids
-        out = self.call(input_ids=ids, **self.cached, **extra, **self._last_only())
-        return out.logits[:, -1]  # type: ignore[no-any-return]
-
-    def decode(self, tokens: torch.Tensor, watched: bool = True) -> torch.Tensor:
-        """Logits behind ``tokens``, int64 [batch]: float [batch, vocabulary]. The model need not be ``watched`` for
-        edits where no code but this has run since the last token."""
-        session = sessions.innermost(self.model)
-        if session is not None and session.fills:
-            if missing := session.missing:
-                self._run_again(missing, session.again())
-                session.filled(missing)
-            self.fed[:, self.count] = tokens
-            self.count += 1
-        self.token.copy_(tokens[:, None])
-        if self.padded:
-            self.position += 1
-        logits = self.replay.step(watched)[:, -1]
-        return logits.clone() if on_gpu(logits) else logits  # a graph writes where it wrote before
-
-    def _run_again(self, tokens: int, session: sessions.Session) -> None:
-        """Compute the keys and values of the last ``tokens`` under ``session``, with every site running."""
-        if any(type(layer).__name__ != "StaticLayer" for layer in self.cache.layers):
-            raise PlanError("kv='backfill' needs a cache that holds all tokens; this model's slides")
-        end = self.count
-        if end != int(self.cache.layers[0].cumulative_length):
-            raise PlanError("kv='backfill' needs a session that is open from the prompt on")
-        start = max(0, end - tokens)
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(start)
-        with session:
-            while start < end:
-                some = slice(start, min(start + _CHUNK, end))
-                extra: dict[str, Any] = {}
-                if self.padded:
-                    positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-                    extra = {"attention_mask": self.mask, "position_ids": positions[:, some]}
-                self.call(input_ids=self.fed[:, some], **self.cached, **extra, **self._last_only())
-                start = some.stop
-
-    def _step(self) -> Any:
-        extra = {"attention_mask": self.mask, "position_ids": self.position} if self.padded else {}
-        return self.call(input_ids=self.token, **self.cached, **extra)
-
-    def _last_only(self) -> dict[str, Any]:
-        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
 
 
 @torch.no_grad()
@@ -136,6 +37,7 @@ def generate(
     pad_token_id: int | None = None,
     on_token: OnToken | None = None,
     progress: bool = False,
+    speculative: bool | Speculation = False,
 ) -> torch.Tensor:
     """Continue prompts with a compiled Hugging Face decoder.
 
@@ -152,6 +54,9 @@ def generate(
         pad_token_id: what ended rows are filled with; by default the model's, else the first end token.
         on_token: called with each step's tokens, int64 ``[batch]``, as soon as they are known; a true result stops.
         progress: show a progress bar.
+        speculative: draft tokens, and have the model judge several in a call: the same greedy tokens, and the same
+            distribution where tokens are drawn, in less time where drafts are right. What drafts, and how it went:
+            :class:`skipc.Speculation`. Processors then see one row at a time.
 
     Returns:
         int64 ``[batch, prompt + new]``, as transformers' ``generate``; ``new`` is the longest row's.
@@ -169,30 +74,91 @@ def generate(
     batch, prompt = input_ids.shape
     if max_new_tokens == 0:
         return input_ids
-    decoder = _decoder(compiled, model, call, batch, prompt + max_new_tokens, attention_mask is not None)
-    tokens = input_ids.new_full((batch, prompt + max_new_tokens), pad)
-    tokens[:, :prompt] = input_ids
-    running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    speculation = Speculation() if speculative is True else speculative or None
+    more = max(speculation.widths_for(batch)) if speculation is not None else 0
+    padded = attention_mask is not None or (speculation is not None and batch > 1)
+    decoder = decoder_for(compiled, model, call, batch, prompt + max_new_tokens + more, padded)
     logits = decoder.prefill(input_ids, attention_mask)
     foreign = on_token is not None or bool(logits_processor)  # code that may edit the model between tokens
-    count = 0
+    ids = frozenset(ends.tolist()) if ends is not None else frozenset()
+    rules = Rules(max_new_tokens, ids, pad, process, do_sample, generator, on_token, foreign)
     with _bar(progress, max_new_tokens) as advance:
-        while True:
-            logits = process(tokens[:, : prompt + count], logits.float()) if process else logits
-            new = draw(logits, generator) if do_sample else logits.argmax(-1)
-            new = torch.where(running, new, pad)
-            tokens[:, prompt + count] = new
-            count += 1
-            advance()
-            if ends is not None:
-                running &= ~torch.isin(new, ends)
-            stop = on_token(new) if on_token is not None else False
-            if stop or count == max_new_tokens or (ends is not None and not running.any()):
-                break
-            logits = decoder.decode(new, watched=foreign)
+        if speculation is not None and _may_speculate(speculation, decoder):
+            new = _speculated(speculation, decoder, input_ids, attention_mask, logits, rules, advance)
+        else:
+            new = _plain(decoder, input_ids, logits, rules, ends, advance)
     if decoder.replay.refused:
         log.info("generate: guards are checked at each token: %s", decoder.replay.refused)
-    return tokens[:, : prompt + count]
+    return torch.cat([input_ids, new], 1)
+
+
+def _plain(
+    decoder: Decoder,
+    input_ids: torch.Tensor,
+    logits: torch.Tensor,
+    rules: Rules,
+    ends: torch.Tensor | None,
+    advance: Callable[[], None],
+) -> torch.Tensor:
+    """New tokens, int64 ``[batch, new]``, one at a time."""
+    batch, prompt = input_ids.shape
+    tokens = input_ids.new_full((batch, prompt + rules.most), rules.pad)
+    tokens[:, :prompt] = input_ids
+    running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    count = 0
+    while True:
+        logits = rules.process(tokens[:, : prompt + count], logits.float()) if rules.process else logits
+        new = draw(logits, rules.generator) if rules.sample else logits.argmax(-1)
+        new = torch.where(running, new, rules.pad)
+        tokens[:, prompt + count] = new
+        count += 1
+        advance()
+        if ends is not None:
+            running &= ~torch.isin(new, ends)
+        stop = rules.on_token(new) if rules.on_token is not None else False
+        if stop or count == rules.most or (ends is not None and not running.any()):
+            return tokens[:, prompt : prompt + count]
+        logits = decoder.decode(new, watched=rules.watched)
+
+
+def _speculated(
+    speculation: Speculation,
+    decoder: Decoder,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    logits: torch.Tensor,
+    rules: Rules,
+    advance: Callable[[], None],
+) -> torch.Tensor:
+    """New tokens, int64 ``[batch, new]``, as many at a time as drafts get right."""
+    rows = [
+        ids if mask is None else ids[here.bool()]
+        for ids, here in zip(input_ids, mask if mask is not None else input_ids, strict=True)
+    ]
+    widths = speculation.widths_for(len(rows))
+    pace = decoder.paces.setdefault((type(speculation.draft), widths, rules.sample), Pace(widths))
+    request = Request(
+        decoder, [row.tolist() for row in rows], logits, rules, speculation.draft, pace, speculation.stats
+    )
+    made = request.run()
+    longest = max(map(len, made))
+    for _ in range(longest):
+        advance()
+    return torch.tensor([row + [rules.pad] * (longest - len(row)) for row in made], device=input_ids.device)
+
+
+def _may_speculate(speculation: Speculation, decoder: Decoder) -> bool:
+    """Whether what calls of several tokens make is what calls of one make, and can be taken back."""
+    session = sessions.innermost(decoder.model)
+    why = None
+    if not decoder.rewinds:
+        why = "the model's cache slides, so that tokens cannot be taken back"
+    elif session is not None and session.steering is not None:
+        why = "a policy decides by calls, of which there would be fewer"
+    speculation.stats = SpeculationStats(plain=why)
+    if why is not None:
+        log.info("generate does not speculate: %s", why)
+    return why is None
 
 
 def _target(compiled: Any) -> tuple[torch.nn.Module, Callable[..., Any]]:
@@ -271,37 +237,6 @@ def draw(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tenso
     point = torch.rand(total.shape, generator=generator, device=total.device) * total
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))  # never behind the last likely one
     return torch.searchsorted(sums, point, right=True)[:, 0]
-
-
-def _decoder(
-    compiled: Any, model: torch.nn.Module, call: Callable[..., Any], batch: int, tokens: int, padded: bool
-) -> Decoder:
-    """The decoder that the last request left behind, if it is for as many rows and has room for ``tokens`` (a step
-    reads only what is in use, so a longer cache costs no time); its cache is the largest thing here, so only one is
-    kept."""
-    state = vars(compiled)
-    last: Decoder | None = state.get("_decoder")
-    inference = torch.is_inference_mode_enabled()  # what was made in it nobody outside may write
-    same = last is not None and (last.batch, last.padded, last.token.is_inference()) == (batch, padded, inference)
-    if last is not None and same and last.model is model and last.length >= tokens:
-        return last
-    object.__setattr__(compiled, "_decoder", None)
-    made = Decoder(model, call, batch, cache_length(tokens), padded)
-    kinds: set[tuple[int, int, bool]] = state.get("_decoder_kinds") or set()
-    kinds.add((batch, made.length, padded))
-    if len(kinds) <= _MAX_STATIC:
-        made.fix_sizes()
-    object.__setattr__(compiled, "_decoder", made)
-    object.__setattr__(compiled, "_decoder_kinds", kinds)
-    return made
-
-
-def cache_length(tokens: int) -> int:
-    """Room for ``tokens``, in steps of a half or a third of itself, so that requests share few compilations."""
-    length = _SMALLEST
-    while length < tokens:
-        length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
-    return length
 
 
 @contextlib.contextmanager

@@ -103,6 +103,11 @@ class Replay:
         self.replayed += 1
         return self._repeated(not watched)[self._last[2]]  # type: ignore[no-any-return]
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the next step is proven."""
+        return self._repeated is not None
+
     def forget(self) -> None:
         """Prove anew at the next two steps: something outside has run since."""
         self._repeated, self._last = None, None

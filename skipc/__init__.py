@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     )
     from skipc.runtime.session_stats import SessionStats
     from skipc.runtime.sessions import Session
+    from skipc.runtime.speculation.drafts import Draft, PromptLookup, Proposal
+    from skipc.runtime.speculation.settings import Speculation, SpeculationStats
 
 __version__ = "0.1.0"
 
@@ -86,17 +88,20 @@ _HOME = {
     ],
     "skipc.runtime.session_stats": ["SessionStats"],
     "skipc.runtime.sessions": ["Session"],
+    "skipc.runtime.speculation.drafts": ["Draft", "PromptLookup", "Proposal"],
+    "skipc.runtime.speculation.settings": ["Speculation", "SpeculationStats"],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AdaSkip", "Adapter", "AdapterBank", "AdapterError", "AdapterRouter", "Affine", "AlreadyCompiledError", "Call",
-    "CompiledModel", "Config", "ConfigError", "EarlyExit", "Explanation", "FFNSkip", "FallbackError", "GateTable",
-    "Lagged", "LoRA", "LowRank", "NoResidualStreamError", "Observe", "PassError", "Plan", "PlanError", "Policy",
-    "PredictionExit", "Profile", "ProfileError", "Reason", "Rejection", "Route", "Routed", "Session", "SessionError",
-    "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Static",
-    "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites",
-    "generate", "list_options", "merge_adapters", "package", "session",
+    "CompiledModel", "Config", "ConfigError", "Draft", "EarlyExit", "Explanation", "FFNSkip", "FallbackError",
+    "GateTable", "Lagged", "LoRA", "LowRank", "NoResidualStreamError", "Observe", "PassError", "Plan", "PlanError",
+    "Policy", "PredictionExit", "Profile", "ProfileError", "PromptLookup", "Proposal", "Reason", "Rejection", "Route",
+    "Routed", "Session", "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport",
+    "SkipDecode", "SkipcError", "Speculation", "SpeculationStats", "Static", "Unified", "UnknownSiteError",
+    "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites", "generate", "list_options",
+    "merge_adapters", "package", "session",
 ]  # fmt: skip
 
 

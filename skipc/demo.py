@@ -21,7 +21,7 @@ from skipc.dynamo import compile_isolated
 from skipc.loading import load_smollm2
 from skipc.model import CompiledModel
 from skipc.model import compile as compile_model
-from skipc.runtime.generation import cache_argument
+from skipc.runtime.decoder import cache_argument
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 console = Console(width=120)

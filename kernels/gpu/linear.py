@@ -12,9 +12,8 @@ import triton.language as tl
 from skipc.kernels.gpu.gates import Gate
 from skipc.kernels.gpu.kernel import Example, Kernel, launch, pick, random
 from skipc.kernels.gpu.rounding import by_hand, rounded, widens
+from skipc.kernels.linear import MOST_ROWS
 from skipc.kernels.tables import Choice
-
-MOST_ROWS = 16  # that a launch takes
 
 
 @triton.jit

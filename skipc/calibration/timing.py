@@ -89,7 +89,7 @@ def ratio(a: Sequence[float], b: Sequence[float], resamples: int = 2000) -> tupl
 def _decoding(
     model: Any, call: Any, regime: Regime, example: Batch | None
 ) -> tuple[Callable[[], Any], Callable[[], None], int]:
-    from skipc.runtime.generation import Decoder, cache_length
+    from skipc.runtime.decoder import Decoder, cache_length
 
     decoder = Decoder(model, call, regime.batch, cache_length(regime.context + _BURST), padded=False)
     decoder.fix_sizes()

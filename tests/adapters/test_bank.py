@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from skipc.kernels.lora import matrices
-from skipc.runtime.generation import Decoder
+from skipc.runtime.decoder import Decoder
 
 import skipc
 from skipc.adapters.adapter import Adapter, LoRA

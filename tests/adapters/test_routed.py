@@ -12,7 +12,7 @@ import pytest
 import torch
 from skipc.kernels import native
 from skipc.kernels.routing import places, route_tokens
-from skipc.runtime.generation import Decoder
+from skipc.runtime.decoder import Decoder
 from torch.nn import functional as F
 
 import skipc

@@ -218,6 +218,12 @@ class TestPolicies:
         assert llama.launches() == {"decode_attention": LAYERS, "mlp_rows": LAYERS}
         assert llama.graphs.refused is None
 
+    def test_where_rows_want_adapters_the_host_decides(self, llama: Case) -> None:
+        before, names = dict(llama.graphs._captured), ["r4", "r7"]
+        policy = skipc.FFNSkip(2.0, cold_start=0, cold_end=0, warmup=0)  # never reached
+        assert torch.equal(llama.generate(adapters=names, policy=policy), llama.expected(names))
+        assert dict(llama.graphs._captured) == before
+
     def test_decisions_about_attentions_stay_on_the_host(self, llama: Case) -> None:
         before = dict(llama.graphs._captured)
         _, session = self.run(llama, skipc.EarlyExit(-1.0))

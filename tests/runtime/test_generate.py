@@ -8,7 +8,8 @@ import pytest
 import torch
 from skipc.runtime import registry
 from skipc.runtime.chaining import chains_of
-from skipc.runtime.generation import cache_length, draw
+from skipc.runtime.decoder import cache_length
+from skipc.runtime.generation import draw
 from transformers import StaticCache
 
 import skipc

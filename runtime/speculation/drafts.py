@@ -1,0 +1,93 @@
+"""What drafts tokens.
+
+A draft is asked for the next tokens of a row and told which came. It says how sure it is by a kind, whatever that is to
+it: how often tokens of a kind turn out right is counted by :mod:`skipc.runtime.speculation.pace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, Protocol
+
+_MOST_AGREEING = 16  # tokens that are compared
+
+
+class Proposal(NamedTuple):
+    """Tokens that may come next in a row.
+
+    Attributes:
+        tokens: in order; none if there is nothing to say.
+        kind: such proposals are about as often right.
+    """
+
+    tokens: list[int]
+    kind: Hashable = None
+
+
+class Draft(Protocol):
+    """Proposes the next tokens of each row."""
+
+    def start(self, rows: Sequence[Sequence[int]]) -> None:
+        """A new request with these prompts."""
+
+    def extend(self, row: int, tokens: Sequence[int]) -> None:
+        """``tokens`` came in a row."""
+
+    def propose(self, row: int, most: int) -> Proposal:
+        """What may come next, ``most`` tokens at most."""
+
+
+class PromptLookup:
+    """Proposes what followed the last time that a row, prompt included, had the same last tokens (prompt look-up
+    decoding; LLMA, arXiv 2304.04487). Costs microseconds, and pays where output repeats its context: edits of code,
+    extraction, summaries.
+
+    Args:
+        longest: so many last tokens are looked up, then fewer.
+        shortest: down to so many.
+    """
+
+    def __init__(self, longest: int = 3, shortest: int = 1):
+        if not 1 <= shortest <= longest:
+            raise ValueError(f"needed are 1 <= shortest <= longest, got {shortest} and {longest}")
+        self.longest, self.shortest = longest, shortest
+        self._rows: list[list[int]] = []
+        self._ends: list[dict[tuple[int, ...], int]] = []  # where what follows some tokens begins, the last time
+
+    def start(self, rows: Sequence[Sequence[int]]) -> None:
+        """A new request with these prompts."""
+        self._rows = [[] for _ in rows]
+        self._ends = [{} for _ in rows]
+        for i, row in enumerate(rows):
+            self.extend(i, row)
+
+    def extend(self, row: int, tokens: Sequence[int]) -> None:
+        """``tokens`` came in a row."""
+        known, ends = self._rows[row], self._ends[row]
+        for token in tokens:
+            at = len(known)
+            for n in range(self.shortest, min(self.longest, at) + 1):
+                ends[tuple(known[at - n :])] = at
+            known.append(token)
+
+    def propose(self, row: int, most: int) -> Proposal:
+        """What followed the last time; its kind is how many of the last tokens were the same."""
+        known, ends = self._rows[row], self._ends[row]
+        for n in range(min(self.longest, len(known)), self.shortest - 1, -1):
+            at = ends.get(tuple(known[len(known) - n :]))
+            if at is not None:
+                return Proposal(self._from(known, at, most), self._agreeing(known, at, n))
+        return Proposal([])
+
+    @staticmethod
+    def _from(known: list[int], at: int, most: int) -> list[int]:
+        period = len(known) - at
+        return [known[at + i % period] for i in range(most)]
+
+    @staticmethod
+    def _agreeing(known: list[int], at: int, n: int) -> int:
+        """How many tokens before ``at`` are the last ones."""
+        end = len(known)
+        while n < _MOST_AGREEING and n < at and known[at - 1 - n] == known[end - 1 - n]:
+            n += 1
+        return n

@@ -1,0 +1,178 @@
+"""The loop of speculative generation: proposals, one call that judges them, what is kept of them, for each row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from skipc.runtime.decoder import Decoder
+from skipc.runtime.speculation.accepting import greedy, sampled
+from skipc.runtime.speculation.drafts import Draft, Proposal
+from skipc.runtime.speculation.pace import Pace
+from skipc.runtime.speculation.settings import SpeculationStats
+
+Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (ids [1, n], logits [1, vocabulary]) -> logits
+
+
+@dataclass
+class Rules:
+    """What a request asks for.
+
+    Attributes:
+        most: new tokens of each row, at most.
+        ends: tokens that end a row.
+        pad: what comes behind them.
+        process: what shapes logits, if anything does.
+        sample: whether tokens are drawn; otherwise the likeliest come.
+        generator: source of randomness.
+        on_token: called with each step's tokens, int64 ``[batch]``; a true result stops.
+        watched: whether code outside may edit the model between calls.
+    """
+
+    most: int
+    ends: frozenset[int]
+    pad: int
+    process: Process | None
+    sample: bool
+    generator: torch.Generator | None
+    on_token: Callable[[torch.Tensor], Any] | None
+    watched: bool
+
+
+class Request:
+    """One request on a decoder that has read its prompts.
+
+    Args:
+        prompts: tokens of each row, without padding.
+        logits: behind the prompts, float ``[batch, vocabulary]``.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[list[int]],
+        logits: torch.Tensor,
+        rules: Rules,
+        draft: Draft,
+        pace: Pace,
+        stats: SpeculationStats,
+    ):
+        self.decoder, self.rules, self.draft, self.pace = decoder, rules, draft, pace
+        self.known = [list(row) for row in prompts]
+        self.lengths = [len(row) for row in prompts]
+        self.running = [True] * len(prompts)
+        self.positions = getattr(decoder.model.config, "max_position_embeddings", None) or 1 << 62
+        self.shown = 0
+        self.stopped = False
+        self.stats = stats
+        draft.start(prompts)
+        self._take([self._decide(row, [], logits[row : row + 1]) for row in range(len(prompts))])
+
+    def run(self) -> list[list[int]]:
+        """The new tokens of each row."""
+        while not self.stopped and any(self.running):
+            self._round()
+        return [row[n:] for row, n in zip(self.known, self.lengths, strict=True)]
+
+    def _round(self) -> None:
+        begin = time.perf_counter()
+        most = max(self.pace.widths) - 1
+        proposals = [
+            self.draft.propose(i, min(most, self._left(i) - 1)) if runs else Proposal([])
+            for i, runs in enumerate(self.running)
+        ]
+        running = [p for p, runs in zip(proposals, self.running, strict=True) if runs]
+        width = self.pace.choose(running, self.positions - max(map(len, self.known)))
+        drafted = [p.tokens[: width - 1] for p in proposals]
+        drafting = time.perf_counter() - begin
+        if self.decoder.count + width > self.decoder.length:
+            self.decoder.close_holes()
+        ready = self.decoder.ready(width)
+        if width == 1:
+            logits = self.decoder.decode(self._tensor([[row[-1]] for row in self.known])[:, 0], self.rules.watched)[
+                :, None
+            ]
+        else:
+            fed = [
+                [row[-1], *d, *[self.rules.pad] * (width - 1 - len(d))]
+                for row, d in zip(self.known, drafted, strict=True)
+            ]
+            logits = self.decoder.judge(self._tensor(fed), self.rules.watched)
+        plain = None if self.rules.process or self.rules.sample else logits.argmax(-1).tolist()
+        came = [
+            self._decide(i, drafted[i], logits[i], None if plain is None else plain[i]) if runs else []
+            for i, runs in enumerate(self.running)
+        ]
+        if width > 1:
+            self.decoder.keep(width, [max(1, len(tokens)) for tokens in came])
+        self._count(width, proposals, drafted, came)
+        self._take(came)
+        took = time.perf_counter() - begin
+        self.stats.note(width, took, drafting)
+        if ready:
+            self.pace.took(width, took)
+
+    def _decide(self, row: int, drafted: list[int], logits: torch.Tensor, plain: list[int] | None = None) -> list[int]:
+        """The tokens that come in a row: ``logits``, float [1 + drafted or more, vocabulary]."""
+        rules = self.rules
+
+        def shaped(i: int, made: Sequence[int]) -> torch.Tensor:
+            here = logits[i : i + 1].float()
+            if rules.process is None:
+                return here[0]
+            ids = torch.tensor([[*self.known[row], *made]], device=logits.device)
+            return rules.process(ids, here)[0]
+
+        if rules.sample:
+            return sampled(drafted, lambda i, made: shaped(i, made).softmax(-1), rules.generator)
+        if plain is not None:
+            return greedy(drafted, lambda i, made: plain[i])
+        return greedy(drafted, lambda i, made: int(shaped(i, made).argmax()))
+
+    def _count(self, width: int, proposals: list[Proposal], drafted: list[list[int]], came: list[list[int]]) -> None:
+        for proposal, judged, here in zip(proposals, drafted, came, strict=True):
+            if not proposal.tokens or not here:
+                continue
+            right = len(here) - 1 if width > 1 else int(proposal.tokens[0] == here[0])
+            looked_at = len(judged) if width > 1 else 1
+            self.pace.came(proposal.kind, right, int(right < looked_at))
+            if width > 1:
+                self.stats.drafted += len(judged)
+                self.stats.accepted += right
+
+    def _take(self, came: list[list[int]]) -> None:
+        """Append the tokens that came, up to the first that ends a row, and show those that all rows have."""
+        for row, tokens in enumerate(came):
+            if not self.running[row]:
+                continue
+            tokens = tokens[: self._left(row)]
+            end = next((i for i, t in enumerate(tokens) if t in self.rules.ends), None)
+            tokens = tokens if end is None else tokens[: end + 1]
+            self.known[row] += tokens
+            self.draft.extend(row, tokens)
+            self.running[row] = end is None and self._left(row) > 0
+        self._show()
+
+    def _left(self, row: int) -> int:
+        return self.rules.most - (len(self.known[row]) - self.lengths[row])
+
+    def _show(self) -> None:
+        if self.rules.on_token is None:
+            return
+        made = [len(row) - n for row, n in zip(self.known, self.lengths, strict=True)]
+        ready = min((n for n, runs in zip(made, self.running, strict=True) if runs), default=max(made))
+        while self.shown < ready and not self.stopped:
+            now = [
+                row[n + self.shown] if self.shown < len(row) - n else self.rules.pad
+                for row, n in zip(self.known, self.lengths, strict=True)
+            ]
+            self.shown += 1
+            if self.rules.on_token(self._tensor([now])[0]):
+                self.stopped = True
+                self.known = [row[: n + self.shown] for row, n in zip(self.known, self.lengths, strict=True)]
+
+    def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(rows, device=self.decoder.token.device)

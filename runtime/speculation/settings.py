@@ -1,0 +1,69 @@
+"""What a caller of ``skipc.generate`` says about speculation, and is told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from skipc.runtime.speculation.drafts import Draft, PromptLookup
+
+from skipc.ir.errors import ConfigError
+
+_WIDTHS = (2, 4, 8)
+_ROWS = 32  # of a call, at most: more rows take their own time, however few weights they share
+
+
+@dataclass
+class SpeculationStats:
+    """What drafting did in a request.
+
+    Attributes:
+        calls, seconds: of the full model, by tokens of each row; seconds with all that belongs to a call.
+        drafted, accepted: tokens that were judged, and those among them that came.
+        drafting: seconds in which drafts were made.
+        plain: why nothing was drafted, if so.
+    """
+
+    calls: Counter[int] = field(default_factory=Counter)
+    seconds: dict[int, float] = field(default_factory=dict)
+    drafted: int = 0
+    accepted: int = 0
+    drafting: float = 0.0
+    plain: str | None = None
+
+    def note(self, width: int, seconds: float, drafting: float) -> None:
+        """One call."""
+        self.calls[width] += 1
+        self.seconds[width] = self.seconds.get(width, 0.0) + seconds
+        self.drafting += drafting
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the judged tokens that came; NaN if none was judged."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+
+class Speculation:
+    """How ``skipc.generate`` speculates.
+
+    Args:
+        draft: what proposes tokens; :class:`PromptLookup` by default.
+        widths: how many tokens of each row calls of the full model may take that judge drafts; each is compiled when it
+            is first used. None: two that suit the batch.
+
+    Attributes:
+        stats: of the last request.
+    """
+
+    def __init__(self, draft: Draft | None = None, widths: Sequence[int] | None = None):
+        if widths is not None and (not widths or any(not isinstance(w, int) or w < 2 for w in widths)):
+            raise ConfigError(f"widths of calls that judge drafts are 2 or more, got {widths!r}")
+        self.draft = draft or PromptLookup()
+        self.widths = tuple(widths) if widths is not None else None
+        self.stats = SpeculationStats()
+
+    def widths_for(self, batch: int) -> tuple[int, ...]:
+        """Of all calls, plain ones included."""
+        chosen = self.widths or [w for w in _WIDTHS if batch * w <= _ROWS][-2:]
+        return (1, *chosen)

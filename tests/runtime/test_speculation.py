@@ -1,0 +1,261 @@
+"""Speculative generation gives what plain generation gives."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from skipc.runtime.speculation.accepting import greedy, sampled
+from skipc.runtime.speculation.pace import Pace
+
+import skipc
+from tests.harness import STRICT
+from tests.models.zoo import ZOO, ids
+
+NEW = 24
+WIDTHS = (4, 8)
+
+
+class Oracle:
+    """Knows what comes, and now and then says something else."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], wrong: float, vocabulary: int = 96):
+        self.rows, self.wrong, self.vocabulary = rows, wrong, vocabulary
+        self.random = random.Random(0)
+
+    def start(self, rows: Sequence[Sequence[int]]) -> None:
+        self.made = [0] * len(rows)
+
+    def extend(self, row: int, tokens: Sequence[int]) -> None:
+        self.made[row] += len(tokens)
+
+    def propose(self, row: int, most: int) -> skipc.Proposal:
+        truth = self.rows[row][self.made[row] :][: self.random.randint(0, most)]
+        tokens = [self.random.randrange(self.vocabulary) if self.random.random() < self.wrong else t for t in truth]
+        return skipc.Proposal(tokens, "oracle")
+
+
+@pytest.fixture(autouse=True)
+def _always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Drafts are judged whatever that costs, by calls of any width."""
+    chosen = random.Random(1)
+
+    def choose(self: Pace, proposals: Sequence[skipc.Proposal], most: int) -> int:
+        return chosen.choice([w for w in self.widths if w <= most])
+
+    monkeypatch.setattr(Pace, "choose", choose)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return skipc.compile(ZOO["llama"].build(), fullgraph=True, **STRICT)
+
+
+def padded(batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    given = ids(batch, 9)
+    mask = torch.ones_like(given)
+    for row in range(1, batch):
+        mask[row, : 2 * row] = 0
+    return given, mask if batch > 1 else None
+
+
+def both(compiled: Any, batch: int, draft: Any = None, **how: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Tokens without drafts and with them, and what came of those. Without a draft: an oracle that errs."""
+    given, mask = padded(batch)
+    how = {"max_new_tokens": NEW, "attention_mask": mask, "eos_token_id": None, **how}
+    plain = skipc.generate(compiled, given, **how)
+    speculation = skipc.Speculation(draft or Oracle(plain[:, 9:].tolist(), 0.2), WIDTHS)
+    return plain, skipc.generate(compiled, given, speculative=speculation, **how), speculation.stats
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_tokens_are_the_same(llama: Any, batch: int) -> None:
+    plain, ours, stats = both(llama, batch)
+    assert torch.equal(ours, plain)
+    assert stats.accepted > 5
+    assert stats.accepted < stats.drafted
+    assert set(stats.calls) == {1, *WIDTHS}
+    with llama.session() as session:
+        again = both(llama, batch)
+    assert torch.equal(again[1], plain)
+    assert session.stats().recompiles == 0
+    assert {
+        replay.refused for replay in (llama._decoder.replay, *(w.replay for w in llama._decoder._wide.values()))
+    } == {None}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rubbish_changes_nothing(llama: Any, batch: int) -> None:
+    plain, ours, stats = both(llama, batch, Oracle([[0] * NEW] * batch, 1.0))
+    assert torch.equal(ours, plain)
+    assert stats.acceptance < 0.2
+    plain, ours, _ = both(llama, batch, skipc.PromptLookup())
+    assert torch.equal(ours, plain)
+
+
+def test_a_full_cache_closes_its_holes(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from skipc.runtime.decoder import Decoder
+
+    closed: list[int] = []
+    close = Decoder.close_holes
+    monkeypatch.setattr(Decoder, "close_holes", lambda self: closed.append(close(self)))
+    both(llama, 3)
+    monkeypatch.setattr(llama._decoder, "length", 9 + NEW + max(WIDTHS))
+    plain, ours, _ = both(llama, 3)
+    assert torch.equal(ours, plain)
+    assert closed
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_end_tokens_inside_drafts(llama: Any, batch: int) -> None:
+    plain, _, _ = both(llama, batch)
+    ends = [plain[0, 9 + 6].item(), plain[-1, 9 + 11].item()]
+    plain, ours, _ = both(llama, batch, eos_token_id=ends, pad_token_id=0)
+    assert plain.shape[1] < 9 + NEW
+    assert torch.equal(ours, plain)
+
+
+def test_tokens_are_shown_in_order_and_stop_when_told(llama: Any) -> None:
+    plain, _, _ = both(llama, 3)
+    seen: list[list[int]] = []
+
+    def show(tokens: torch.Tensor) -> bool:
+        seen.append(tokens.tolist())
+        return len(seen) == 10
+
+    given, mask = padded(3)
+    speculation = skipc.Speculation(Oracle(plain[:, 9:].tolist(), 0.2), WIDTHS)
+    ours = skipc.generate(llama, given, max_new_tokens=NEW, attention_mask=mask, eos_token_id=None, on_token=show,
+                          speculative=speculation)  # fmt: skip
+    assert torch.equal(ours, plain[:, : 9 + 10])
+    assert torch.equal(torch.tensor(seen).T, plain[:, 9:19])
+
+
+def test_a_request_that_was_cut_off_leaves_nothing_behind(llama: Any) -> None:
+    plain, _, _ = both(llama, 1)
+
+    def fail(tokens: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    given, _ = padded(1)
+    with pytest.raises(KeyboardInterrupt):
+        skipc.generate(llama, given, max_new_tokens=NEW, on_token=fail, speculative=True)
+    assert torch.equal(both(llama, 1)[1], plain)
+
+
+def test_processors_see_what_they_see_without_drafts(llama: Any) -> None:
+    """One that looks at all that came before, and forbids it."""
+
+    def once(known: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits.scatter(1, known, -torch.inf)
+
+    plain, ours, stats = both(llama, 1, logits_processor=[once])
+    assert torch.equal(ours, plain)
+    assert stats.accepted > 0
+    assert len(set(plain[0].tolist()[9:])) == NEW
+
+
+def test_sessions_hold_for_drafts_too(llama: Any) -> None:
+    with llama.session(skip={"model.layers.0.mlp"}) as session:
+        plain, ours, stats = both(llama, 1)
+    assert torch.equal(ours, plain)
+    assert stats.accepted
+    assert session.stats().skipped["model.layers.0.mlp"] == session.stats().calls
+    with llama.session(policy=skipc.Observe()):
+        plain, ours, stats = both(llama, 1)
+    assert torch.equal(ours, plain)
+    assert "policy" in stats.plain
+
+
+def test_caches_that_slide_do_not_speculate() -> None:
+    compiled = skipc.compile(ZOO["mistral"].build(), fullgraph=True, **STRICT)
+    plain, ours, stats = both(compiled, 1)
+    assert torch.equal(ours, plain)
+    assert "slides" in stats.plain
+
+
+def test_positions_end_where_the_models_end() -> None:
+    model = ZOO["gpt2"].build()
+    compiled = skipc.compile(model, fullgraph=True, **STRICT)
+    room = model.config.n_positions
+    given = ids(1, room - 12)
+    plain = skipc.generate(compiled, given, max_new_tokens=12, eos_token_id=None)
+    draft = Oracle(plain[:, room - 12 :].tolist(), 0.1)
+    ours = skipc.generate(compiled, given, max_new_tokens=12, eos_token_id=None,
+                          speculative=skipc.Speculation(draft, WIDTHS))  # fmt: skip
+    assert torch.equal(ours, plain)
+
+
+# -- without a model ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_accepted() -> None:
+    def after(truth: list[int]) -> Any:
+        return lambda i, made: truth[i]
+
+    assert greedy([1, 2, 3], after([1, 2, 3, 4])) == [1, 2, 3, 4]
+    assert greedy([1, 9, 3], after([1, 2, 3, 4])) == [1, 2]
+    assert greedy([], after([7])) == [7]
+
+
+@pytest.mark.parametrize("drafted", [[0, 1], [3, 3], [4, 0], []])
+def test_drawn_tokens_have_the_distribution_of_the_model(drafted: list[int]) -> None:
+    """A chi-square test of pairs of tokens, where what the second may be depends on the first."""
+    draws = 40_000
+    generator = torch.Generator().manual_seed(5)
+    first = torch.tensor([0.4, 0.1, 0.2, 0.3, 0.0])
+    second = torch.rand(5, 5, generator=generator).softmax(-1)
+    odds = {(): first, **{(a,): second[a] for a in range(5)}}
+    found: Counter[tuple[int, int]] = Counter()
+    for _ in range(draws):
+        made: list[int] = []
+        while len(made) < 2:  # what comes after the first is drawn with what is left of the draft
+            rest = drafted[len(made) :] if made == drafted[: len(made)] else []
+            before = tuple(made)
+            made += sampled(rest, lambda i, m, b=before: odds.get((*b, *m)[:1], first), generator)
+        found[made[0], made[1]] += 1
+    expected = {(a, b): draws * float(first[a] * second[a, b]) for a in range(5) for b in range(5)}
+    assert not any(found[pair] for pair, n in expected.items() if n == 0)
+    square = sum((found[pair] - n) ** 2 / n for pair, n in expected.items() if n)
+    assert square < 43.8  # 19 degrees of freedom, one in a thousand
+
+
+class TestPromptLookup:
+    def propose(self, text: str, most: int = 4, **how: int) -> tuple[str, Any]:
+        draft = skipc.PromptLookup(**how)
+        draft.start([[ord(c) for c in text]])
+        found = draft.propose(0, most)
+        return "".join(map(chr, found.tokens)), found.kind
+
+    def test_what_followed_the_last_time(self) -> None:
+        assert self.propose("abcX..abcY..abc") == ("Y..a", 5)
+        assert self.propose("..abcdef abc") == ("def ", 3)
+
+    def test_fewer_tokens_where_more_are_new(self) -> None:
+        assert self.propose("12 Xb")[0] == ""
+        assert self.propose("ab..Xb") == ("..Xb", 1)
+        assert self.propose("ab..Xb", shortest=2) == ("", None)
+
+    def test_repetition_goes_on(self) -> None:
+        assert self.propose("xyxy", 5) == ("xyxyx", 2)
+
+    def test_rows_are_apart_and_grow(self) -> None:
+        draft = skipc.PromptLookup()
+        draft.start([[1, 2, 3], [5, 6, 5]])
+        assert draft.propose(0, 3).tokens == []
+        assert draft.propose(1, 2).tokens == [6, 5]
+        draft.extend(0, [1, 2])
+        assert draft.propose(0, 3).tokens == [3, 1, 2]
+        assert draft.propose(0, 0).tokens == []
+
+    def test_settings_are_checked(self) -> None:
+        with pytest.raises(ValueError, match="shortest"):
+            skipc.PromptLookup(2, 3)
+        with pytest.raises(skipc.ConfigError, match="2 or more"):
+            skipc.Speculation(widths=[1])
