@@ -177,13 +177,14 @@ def session(function: Any, **settings: Any) -> Session:
 
 def _mark_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Mark the token axis of a multi-token call: every input dimension, behind the batch, of the length of the first
-    integer input's second dimension; the mask's own length; and the length of growing caches."""
+    integer input's second dimension; the mask's own length; and the length of growing caches. Dimensions that somebody
+    has marked as static stay so."""
     values = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
     tokens = {v.shape[1] for v in values if v.dim() == 2 and not v.is_floating_point() and v.shape[1] > 1}
     tokens |= {v.shape[1] for v in values if v.dim() == 3 and v.is_floating_point() and v.shape[1] > 1}
     for value in values:
         for dim in range(1, value.dim()):
-            if value.shape[dim] in tokens:
+            if value.shape[dim] in tokens and dim not in getattr(value, "_dynamo_static_indices", ()):
                 torch._dynamo.maybe_mark_dynamic(value, dim)
     for cache in kwargs.values():
         if getattr(cache, "is_compileable", True):
