@@ -148,7 +148,8 @@ class Decoder:
         """Move the tokens of each row together, so that the longest has no holes: for when the cache is full."""
         seen = self.mask[:, : self.count].bool()
         most = int(seen.sum(1).max())
-        order = seen.to(torch.int8).argsort(dim=1, stable=True)[:, self.count - most :]  # those that are hidden go first
+        hidden_first = seen.to(torch.int8).argsort(dim=1, stable=True)
+        order = hidden_first[:, self.count - most :]
         for layer in self.cache.layers:
             for t in (layer.keys, layer.values):
                 at = order[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])
