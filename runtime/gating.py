@@ -118,7 +118,7 @@ class GatedCall:
             # Before the program allocates: what outlives its values would tear holes in the heap.
             self.skipped, self.moments[extent], self._rows[extent] = plan.stock.take(table, extent, device)
         # Where they do not change, as plain numbers: while a graph is captured, nothing can be read off a tensor.
-        self._flags: Sequence[Any] = table.flags if table.fixed else self.skipped
+        self._flags: Any = table.flags if table.fixed else self.skipped
         self.device: DeviceGates | None = None
 
     def leave_to_device(self, adapted: bool) -> None:

@@ -56,7 +56,7 @@ def generate(
         progress: show a progress bar.
         speculative: draft tokens, and have the model judge several in a call: the same greedy tokens, and the same
             distribution where tokens are drawn, in less time where drafts are right. What drafts, and how it went:
-            :class:`skipc.Speculation`. Processors then see one row at a time.
+            :class:`skipc.Speculation`.
 
     Returns:
         int64 ``[batch, prompt + new]``, as transformers' ``generate``; ``new`` is the longest row's.
@@ -81,12 +81,12 @@ def generate(
     logits = decoder.prefill(input_ids, attention_mask)
     foreign = on_token is not None or bool(logits_processor)  # code that may edit the model between tokens
     ids = frozenset(ends.tolist()) if ends is not None else frozenset()
-    rules = Rules(max_new_tokens, ids, pad, process, do_sample, generator, on_token, foreign)
     with _bar(progress, max_new_tokens) as advance:
-        if speculation is not None and _may_speculate(speculation, decoder):
-            new = _speculated(speculation, decoder, input_ids, attention_mask, logits, rules, advance)
+        rules = Rules(max_new_tokens, ids, pad, process, do_sample, generator, on_token, foreign, advance)
+        if speculation is not None and _may_speculate(speculation, decoder, bool(logits_processor)):
+            new = _speculated(speculation, decoder, input_ids, attention_mask, logits, rules)
         else:
-            new = _plain(decoder, input_ids, logits, rules, ends, advance)
+            new = _plain(decoder, input_ids, logits, rules, ends)
     if decoder.replay.refused:
         log.info("generate: guards are checked at each token: %s", decoder.replay.refused)
     return torch.cat([input_ids, new], 1)
@@ -98,7 +98,6 @@ def _plain(
     logits: torch.Tensor,
     rules: Rules,
     ends: torch.Tensor | None,
-    advance: Callable[[], None],
 ) -> torch.Tensor:
     """New tokens, int64 ``[batch, new]``, one at a time."""
     batch, prompt = input_ids.shape
@@ -112,7 +111,7 @@ def _plain(
         new = torch.where(running, new, rules.pad)
         tokens[:, prompt + count] = new
         count += 1
-        advance()
+        rules.advance()
         if ends is not None:
             running &= ~torch.isin(new, ends)
         stop = rules.on_token(new) if rules.on_token is not None else False
@@ -128,33 +127,27 @@ def _speculated(
     mask: torch.Tensor | None,
     logits: torch.Tensor,
     rules: Rules,
-    advance: Callable[[], None],
 ) -> torch.Tensor:
     """New tokens, int64 ``[batch, new]``, as many at a time as drafts get right."""
-    rows = [
-        ids if mask is None else ids[here.bool()]
-        for ids, here in zip(input_ids, mask if mask is not None else input_ids, strict=True)
-    ]
-    widths = speculation.widths_for(len(rows))
+    widths = speculation.widths_for(len(input_ids))
     pace = decoder.paces.setdefault((type(speculation.draft), widths, rules.sample), Pace(widths))
-    request = Request(
-        decoder, [row.tolist() for row in rows], logits, rules, speculation.draft, pace, speculation.stats
-    )
+    request = Request(decoder, input_ids, mask, logits, rules, speculation.draft, pace, speculation.stats)
     made = request.run()
     longest = max(map(len, made))
-    for _ in range(longest):
-        advance()
     return torch.tensor([row + [rules.pad] * (longest - len(row)) for row in made], device=input_ids.device)
 
 
-def _may_speculate(speculation: Speculation, decoder: Decoder) -> bool:
-    """Whether what calls of several tokens make is what calls of one make, and can be taken back."""
+def _may_speculate(speculation: Speculation, decoder: Decoder, processed: bool) -> bool:
+    """Whether what calls of several tokens make is what calls of one make, and can be taken back. ``processed``: the
+    caller's own processors shape logits."""
     session = sessions.innermost(decoder.model)
     why = None
     if not decoder.rewinds:
         why = "the model's cache slides, so that tokens cannot be taken back"
     elif session is not None and session.steering is not None:
         why = "a policy decides by calls, of which there would be fewer"
+    elif processed and decoder.batch > 1:
+        why = "processors may look at all rows together, which would be at different tokens"
     speculation.stats = SpeculationStats(plain=why)
     if why is not None:
         log.info("generate does not speculate: %s", why)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from skipc.model import CompiledModel, compile, session
     from skipc.packaging import package
     from skipc.runtime.generation import generate
+    from skipc.runtime.hugging_face import generation_mode
     from skipc.runtime.policies import (
         AdaSkip,
         Call,
@@ -78,6 +79,7 @@ _HOME = {
     "skipc.model": ["CompiledModel", "compile", "session"],
     "skipc.packaging": ["package"],
     "skipc.runtime.generation": ["generate"],
+    "skipc.runtime.hugging_face": ["generation_mode"],
     "skipc.ir.gating": ["GateTable"],
     "skipc.ir.plan": ["Plan"],
     "skipc.ir.replacement": ["Affine", "LowRank"],
@@ -100,8 +102,8 @@ __all__ = [
     "Policy", "PredictionExit", "Profile", "ProfileError", "PromptLookup", "Proposal", "Reason", "Rejection", "Route",
     "Routed", "Session", "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport",
     "SkipDecode", "SkipcError", "Speculation", "SpeculationStats", "Static", "Unified", "UnknownSiteError",
-    "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites", "generate", "list_options",
-    "merge_adapters", "package", "session",
+    "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites", "generate", "generation_mode",
+    "list_options", "merge_adapters", "package", "session",
 ]  # fmt: skip
 
 

@@ -30,6 +30,7 @@ class Rules:
         generator: source of randomness.
         on_token: called with each step's tokens, int64 ``[batch]``; a true result stops.
         watched: whether code outside may edit the model between calls.
+        advance: called for each step's tokens.
     """
 
     most: int
@@ -40,20 +41,23 @@ class Rules:
     generator: torch.Generator | None
     on_token: Callable[[torch.Tensor], Any] | None
     watched: bool
+    advance: Callable[[], None]
 
 
 class Request:
     """One request on a decoder that has read its prompts.
 
     Args:
-        prompts: tokens of each row, without padding.
+        prompts: int64 ``[batch, prompt]``.
+        mask: the same, 0 for padding on the left; None if there is none.
         logits: behind the prompts, float ``[batch, vocabulary]``.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        prompts: Sequence[list[int]],
+        prompts: torch.Tensor,
+        mask: torch.Tensor | None,
         logits: torch.Tensor,
         rules: Rules,
         draft: Draft,
@@ -61,14 +65,16 @@ class Request:
         stats: SpeculationStats,
     ):
         self.decoder, self.rules, self.draft, self.pace = decoder, rules, draft, pace
-        self.known = [list(row) for row in prompts]
-        self.lengths = [len(row) for row in prompts]
+        skipped = [0] * len(prompts) if mask is None else (mask == 0).sum(1).tolist()
+        self.padding = [row[:n] for row, n in zip(prompts.tolist(), skipped, strict=True)]  # which processors see, too
+        self.known = [row[n:] for row, n in zip(prompts.tolist(), skipped, strict=True)]
+        self.lengths = [len(row) for row in self.known]
         self.running = [True] * len(prompts)
-        self.positions = getattr(decoder.model.config, "max_position_embeddings", None) or 1 << 62
+        self.positions = _positions(decoder.model.config)
         self.shown = 0
         self.stopped = False
         self.stats = stats
-        draft.start(prompts)
+        draft.start(self.known)
         self._take([self._decide(row, [], logits[row : row + 1]) for row in range(len(prompts))])
 
     def run(self) -> list[list[int]]:
@@ -123,7 +129,7 @@ class Request:
             here = logits[i : i + 1].float()
             if rules.process is None:
                 return here[0]
-            ids = torch.tensor([[*self.known[row], *made]], device=logits.device)
+            ids = torch.tensor([[*self.padding[row], *self.known[row], *made]], device=logits.device)
             return rules.process(ids, here)[0]
 
         if rules.sample:
@@ -160,19 +166,23 @@ class Request:
         return self.rules.most - (len(self.known[row]) - self.lengths[row])
 
     def _show(self) -> None:
-        if self.rules.on_token is None:
-            return
+        """Show what all rows have that still run."""
         made = [len(row) - n for row, n in zip(self.known, self.lengths, strict=True)]
         ready = min((n for n, runs in zip(made, self.running, strict=True) if runs), default=max(made))
         while self.shown < ready and not self.stopped:
-            now = [
-                row[n + self.shown] if self.shown < len(row) - n else self.rules.pad
-                for row, n in zip(self.known, self.lengths, strict=True)
-            ]
+            at, pad = self.shown, self.rules.pad
+            now = [row[n + at] if at < len(row) - n else pad for row, n in zip(self.known, self.lengths, strict=True)]
             self.shown += 1
-            if self.rules.on_token(self._tensor([now])[0]):
+            self.rules.advance()
+            if self.rules.on_token is not None and self.rules.on_token(self._tensor([now])[0]):
                 self.stopped = True
                 self.known = [row[: n + self.shown] for row, n in zip(self.known, self.lengths, strict=True)]
 
     def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.decoder.token.device)
+
+
+def _positions(config: Any) -> int:
+    """How many positions a model has."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None) or 1 << 62

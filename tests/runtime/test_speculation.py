@@ -149,16 +149,60 @@ def test_a_request_that_was_cut_off_leaves_nothing_behind(llama: Any) -> None:
     assert torch.equal(both(llama, 1)[1], plain)
 
 
-def test_processors_see_what_they_see_without_drafts(llama: Any) -> None:
-    """One that looks at all that came before, and forbids it."""
+@pytest.mark.parametrize("batch", [1, 3])
+def test_processors_see_what_they_see_without_drafts(llama: Any, batch: int) -> None:
+    """One that looks at all that came before, padding too, and forbids it."""
 
     def once(known: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return logits.scatter(1, known, -torch.inf)
 
-    plain, ours, stats = both(llama, 1, logits_processor=[once])
+    plain, ours, stats = both(llama, batch, logits_processor=[once])
     assert torch.equal(ours, plain)
-    assert stats.accepted > 0
-    assert len(set(plain[0].tolist()[9:])) == NEW
+    assert (stats.accepted > 0) == (batch == 1)  # those of several rows see them together
+    assert all(len(set(row[9:])) == NEW for row in plain.tolist())
+
+
+class TestTransformers:
+    """``model.generate`` with skipc as its way to generate."""
+
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_greedy_tokens_are_those_of_transformers(self, llama: Any, batch: int) -> None:
+        given, mask = padded(batch)
+        how = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask, "eos_token_id": 5, "pad_token_id": 0,
+               "repetition_penalty": 1.3}  # fmt: skip
+        expected = llama.model.generate(given, **how)
+        ours = llama.model.generate(given, custom_generate=skipc.generation_mode(llama), **how)
+        assert torch.equal(ours, expected)
+
+    def test_streams_and_criteria(self, llama: Any) -> None:
+        from transformers import StoppingCriteriaList
+
+        given, _ = padded(1)
+        shown: list[int] = []
+
+        class Streamer:
+            def put(self, tokens: torch.Tensor) -> None:
+                shown.extend(tokens.flatten().tolist())
+
+            def end(self) -> None:
+                shown.append(-1)
+
+        def enough(known: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.tensor([known.shape[1] >= 9 + 5])
+
+        how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        mode = skipc.generation_mode(llama, streamer=Streamer())
+        made = llama.model.generate(
+            given, stopping_criteria=StoppingCriteriaList([enough]), custom_generate=mode, **how
+        )
+        assert torch.equal(made, llama.model.generate(given, **how)[:, : 9 + 5])
+        assert shown == [*given[0].tolist(), *made[0, 9:].tolist(), -1]
+
+    def test_what_it_does_not_do_is_refused(self, llama: Any) -> None:
+        mode = skipc.generation_mode(llama)
+        for how in ({"num_beams": 2}, {"return_dict_in_generate": True}):
+            with pytest.raises(ValueError, match="tokens alone"):
+                llama.model.generate(padded(1)[0], max_new_tokens=4, custom_generate=mode, do_sample=False, **how)
 
 
 def test_sessions_hold_for_drafts_too(llama: Any) -> None:
