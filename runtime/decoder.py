@@ -16,7 +16,8 @@ from skipc.ir.errors import PlanError
 
 _SMALLEST = 256  # cache length
 _CHUNK = 8  # tokens that run again together under kv="backfill"
-_MAX_STATIC = 5  # kinds of decoders for which Dynamo compiles anew; it gives up on a model after 8 compilations
+_MAX_STATIC = 5  # kinds of decoders for which Dynamo compiles anew
+_MOST_COMPILED = 64  # programs of a model: for each kind of decoder prompts, steps, and calls that judge drafts
 
 
 def cache_argument(model: torch.nn.Module) -> str | None:
@@ -76,7 +77,7 @@ class Decoder:
             self.position.fill_(ids.shape[1] - 1)
         self.count = self._fed = ids.shape[1]
         self.fed[:, : self.count] = ids
-        out = self.call(input_ids=ids, **self.cached, **extra, **self._last_only())
+        out = self._called(input_ids=ids, **self.cached, **extra, **self._last_only())
         return out.logits[:, -1]  # type: ignore[no-any-return]
 
     def decode(self, tokens: torch.Tensor, watched: bool = True) -> torch.Tensor:
@@ -176,7 +177,7 @@ class Decoder:
                 if self.padded:
                     positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
                     extra = {"attention_mask": self.mask, "position_ids": positions[:, some]}
-                self.call(input_ids=self.fed[:, some], **self.cached, **extra, **self._last_only())
+                self._called(input_ids=self.fed[:, some], **self.cached, **extra, **self._last_only())
                 start = some.stop
 
     def _step(self) -> Any:
@@ -185,7 +186,14 @@ class Decoder:
     def forward(self, token: torch.Tensor, position: torch.Tensor) -> Any:
         """What the model makes of new tokens of each row, int64 [batch, new], at these positions."""
         extra = {"attention_mask": self.mask, "position_ids": position} if self.padded else {}
-        return self.call(input_ids=token, **self.cached, **extra)
+        return self._called(input_ids=token, **self.cached, **extra)
+
+    def _called(self, **given: Any) -> Any:
+        """The compiled call. What `torch.compile` made Dynamo gives up after 8 compilations, for fear of sizes that vary
+        without end; here all kinds of calls are known. (`skipc.compile` has a limit of its own.)"""
+        limit = max(_MOST_COMPILED, torch._dynamo.config.recompile_limit)
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            return self.call(**given)
 
     def _last_only(self) -> dict[str, Any]:
         return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}

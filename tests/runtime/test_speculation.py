@@ -224,6 +224,16 @@ def test_caches_that_slide_do_not_speculate() -> None:
     assert "slides" in stats.plain
 
 
+def test_dynamo_does_not_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many kinds of calls there are."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    torch._dynamo.reset()
+    compiled = torch.compile(ZOO["llama"].build(), backend="skipc", fullgraph=True)
+    plain, ours, stats = both(compiled, 1)
+    assert torch.equal(ours, plain)
+    assert set(stats.calls) == {1, *WIDTHS}
+
+
 def test_positions_end_where_the_models_end() -> None:
     model = ZOO["gpt2"].build()
     compiled = skipc.compile(model, fullgraph=True, **STRICT)
