@@ -130,6 +130,12 @@ class Decoder:
             raise ValueError("rows that keep different numbers of tokens need a decoder with a mask")
         self.rewind(first + most)
 
+    def drop(self, rows: Sequence[int]) -> None:
+        """The token that was decoded last was none in these rows."""
+        for row in rows:
+            self.mask[row, self.count - 1] = 0
+            self.position[row] -= 1
+
     def rewind(self, count: int) -> None:
         """Forget all but the first ``count`` tokens."""
         if count != self.count:
@@ -189,8 +195,8 @@ class Decoder:
         return self._called(input_ids=token, **self.cached, **extra)
 
     def _called(self, **given: Any) -> Any:
-        """The compiled call. What `torch.compile` made Dynamo gives up after 8 compilations, for fear of sizes that vary
-        without end; here all kinds of calls are known. (`skipc.compile` has a limit of its own.)"""
+        """The compiled call. On what `torch.compile` made Dynamo gives up after 8 compilations, for fear of sizes that
+        vary without end; here all kinds of calls are known. (`skipc.compile` has a limit of its own.)"""
         limit = max(_MOST_COMPILED, torch._dynamo.config.recompile_limit)
         with torch._dynamo.config.patch(recompile_limit=limit):
             return self.call(**given)

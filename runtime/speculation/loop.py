@@ -70,7 +70,7 @@ class Request:
         self.known = [row[n:] for row, n in zip(prompts.tolist(), skipped, strict=True)]
         self.lengths = [len(row) for row in self.known]
         self.running = [True] * len(prompts)
-        self.positions = _positions(decoder.model.config)
+        self.positions, self.vocabulary = _positions(decoder.model.config), logits.shape[-1]
         self.shown = 0
         self.stopped = False
         self.stats = stats
@@ -85,11 +85,7 @@ class Request:
 
     def _round(self) -> None:
         begin = time.perf_counter()
-        most = max(self.pace.widths) - 1
-        proposals = [
-            self.draft.propose(i, min(most, self._left(i) - 1)) if runs else Proposal([])
-            for i, runs in enumerate(self.running)
-        ]
+        proposals = [self._proposal(row) if runs else Proposal([]) for row, runs in enumerate(self.running)]
         running = [p for p, runs in zip(proposals, self.running, strict=True) if runs]
         width = self.pace.choose(running, self.positions - max(map(len, self.known)))
         drafted = [p.tokens[: width - 1] for p in proposals]
@@ -97,15 +93,11 @@ class Request:
         if self.decoder.count + width > self.decoder.length:
             self.decoder.close_holes()
         ready = self.decoder.ready(width)
+        last, pad = [row[-1] for row in self.known], self.rules.pad
         if width == 1:
-            logits = self.decoder.decode(self._tensor([[row[-1]] for row in self.known])[:, 0], self.rules.watched)[
-                :, None
-            ]
+            logits = self.decoder.decode(self._tensor(last), self.rules.watched)[:, None]
         else:
-            fed = [
-                [row[-1], *d, *[self.rules.pad] * (width - 1 - len(d))]
-                for row, d in zip(self.known, drafted, strict=True)
-            ]
+            fed = [[t, *d, *[pad] * (width - 1 - len(d))] for t, d in zip(last, drafted, strict=True)]
             logits = self.decoder.judge(self._tensor(fed), self.rules.watched)
         plain = None if self.rules.process or self.rules.sample else logits.argmax(-1).tolist()
         came = [
@@ -113,13 +105,23 @@ class Request:
             for i, runs in enumerate(self.running)
         ]
         if width > 1:
-            self.decoder.keep(width, [max(1, len(tokens)) for tokens in came])
+            self.decoder.keep(width, [len(tokens) for tokens in came])
+        else:
+            self.decoder.drop([row for row, runs in enumerate(self.running) if not runs])
         self._count(width, proposals, drafted, came)
         self._take(came)
         took = time.perf_counter() - begin
         self.stats.note(width, took, drafting)
         if ready:
             self.pace.took(width, took)
+
+    def _proposal(self, row: int) -> Proposal:
+        """What the draft says, as far as it can be fed to the model."""
+        most = max(0, min(max(self.pace.widths), self._left(row)) - 1)
+        proposal = self.draft.propose(row, most)
+        tokens = proposal.tokens[:most]
+        end = next((i for i, t in enumerate(tokens) if not 0 <= t < self.vocabulary), most)
+        return Proposal(tokens[:end], proposal.kind)
 
     def _decide(self, row: int, drafted: list[int], logits: torch.Tensor, plain: list[int] | None = None) -> list[int]:
         """The tokens that come in a row: ``logits``, float [1 + drafted or more, vocabulary]."""
@@ -174,12 +176,12 @@ class Request:
             now = [row[n + at] if at < len(row) - n else pad for row, n in zip(self.known, self.lengths, strict=True)]
             self.shown += 1
             self.rules.advance()
-            if self.rules.on_token is not None and self.rules.on_token(self._tensor([now])[0]):
+            if self.rules.on_token is not None and self.rules.on_token(self._tensor(now)):
                 self.stopped = True
                 self.known = [row[: n + self.shown] for row, n in zip(self.known, self.lengths, strict=True)]
 
-    def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
-        return torch.tensor(rows, device=self.decoder.token.device)
+    def _tensor(self, numbers: list[Any]) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.decoder.token.device)
 
 
 def _positions(config: Any) -> int:

@@ -112,6 +112,16 @@ def test_a_full_cache_closes_its_holes(llama: Any, monkeypatch: pytest.MonkeyPat
     assert closed
 
 
+def test_a_row_that_is_done_long_before_the_others(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _, _ = both(llama, 3)
+    truth = plain[:, 9:].tolist()
+    monkeypatch.setattr(llama._decoder, "length", 9 + NEW + max(WIDTHS))
+    monkeypatch.setattr(Oracle, "propose", lambda self, row, most: skipc.Proposal(
+        truth[0][self.made[0] :][:most] if row == 0 else [-5, 96, 1 << 40], row))  # fmt: skip
+    plain, ours, _ = both(llama, 3, Oracle(truth, 0.0))
+    assert torch.equal(ours, plain)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_end_tokens_inside_drafts(llama: Any, batch: int) -> None:
     plain, _, _ = both(llama, batch)
