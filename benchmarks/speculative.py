@@ -121,8 +121,8 @@ class Known:
     def extend(self, row: int, tokens: Any) -> None:
         self.made[row] += len(tokens)
 
-    def propose(self, row: int, most: int) -> skipc.Proposal:
-        return skipc.Proposal(self.rows[row][self.made[row] :][:most], "known")
+    def propose(self, most: Any) -> list[skipc.Proposal]:
+        return [skipc.Proposal(r[n:][:m], "known") for r, n, m in zip(self.rows, self.made, most, strict=True)]
 
 
 def start(compiled: Any, tokenizer: Any, batch: int, count: int, how: dict[str, Any]) -> None:

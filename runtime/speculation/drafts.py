@@ -33,8 +33,8 @@ class Draft(Protocol):
     def extend(self, row: int, tokens: Sequence[int]) -> None:
         """``tokens`` came in a row."""
 
-    def propose(self, row: int, most: int) -> Proposal:
-        """What may come next, ``most`` tokens at most."""
+    def propose(self, most: Sequence[int]) -> Sequence[Proposal]:
+        """What may come next in each row, so many tokens at most (0 in rows that have ended)."""
 
 
 class PromptLookup:
@@ -70,8 +70,11 @@ class PromptLookup:
                 ends[tuple(known[at - n :])] = at
             known.append(token)
 
-    def propose(self, row: int, most: int) -> Proposal:
+    def propose(self, most: Sequence[int]) -> list[Proposal]:
         """What followed the last time; its kind is how many of the last tokens were the same."""
+        return [self._look_up(row, n) if n > 0 else Proposal([]) for row, n in enumerate(most)]
+
+    def _look_up(self, row: int, most: int) -> Proposal:
         known, ends = self._rows[row], self._ends[row]
         for n in range(min(self.longest, len(known)), self.shortest - 1, -1):
             at = ends.get(tuple(known[len(known) - n :]))

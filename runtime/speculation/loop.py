@@ -85,7 +85,7 @@ class Request:
 
     def _round(self) -> None:
         begin = time.perf_counter()
-        proposals = [self._proposal(row) if runs else Proposal([]) for row, runs in enumerate(self.running)]
+        proposals = self._proposals()
         running = [p for p, runs in zip(proposals, self.running, strict=True) if runs]
         width = self.pace.choose(running, self.positions - max(map(len, self.known)))
         drafted = [p.tokens[: width - 1] for p in proposals]
@@ -115,13 +115,14 @@ class Request:
         if ready:
             self.pace.took(width, took)
 
-    def _proposal(self, row: int) -> Proposal:
+    def _proposals(self) -> list[Proposal]:
         """What the draft says, as far as it can be fed to the model."""
-        most = max(0, min(max(self.pace.widths), self._left(row)) - 1)
-        proposal = self.draft.propose(row, most)
-        tokens = proposal.tokens[:most]
-        end = next((i for i, t in enumerate(tokens) if not 0 <= t < self.vocabulary), most)
-        return Proposal(tokens[:end], proposal.kind)
+        most = [min(max(self.pace.widths), self._left(i)) - 1 if runs else 0 for i, runs in enumerate(self.running)]
+        made = []
+        for (tokens, kind), n in zip(self.draft.propose(most), most, strict=True):
+            known = next((i for i, t in enumerate(tokens[:n]) if not 0 <= t < self.vocabulary), n)
+            made.append(Proposal(list(tokens[:known]), kind))
+        return made
 
     def _decide(self, row: int, drafted: list[int], logits: torch.Tensor, plain: list[int] | None = None) -> list[int]:
         """The tokens that come in a row: ``logits``, float [1 + drafted or more, vocabulary]."""

@@ -33,10 +33,12 @@ class Oracle:
     def extend(self, row: int, tokens: Sequence[int]) -> None:
         self.made[row] += len(tokens)
 
-    def propose(self, row: int, most: int) -> skipc.Proposal:
+    def propose(self, most: Sequence[int]) -> list[skipc.Proposal]:
+        return [skipc.Proposal(self.guess(row, n), "oracle") for row, n in enumerate(most)]
+
+    def guess(self, row: int, most: int) -> list[int]:
         truth = self.rows[row][self.made[row] :][: self.random.randint(0, most)]
-        tokens = [self.random.randrange(self.vocabulary) if self.random.random() < self.wrong else t for t in truth]
-        return skipc.Proposal(tokens, "oracle")
+        return [self.random.randrange(self.vocabulary) if self.random.random() < self.wrong else t for t in truth]
 
 
 @pytest.fixture(autouse=True)
@@ -116,8 +118,11 @@ def test_a_row_that_is_done_long_before_the_others(llama: Any, monkeypatch: pyte
     plain, _, _ = both(llama, 3)
     truth = plain[:, 9:].tolist()
     monkeypatch.setattr(llama._decoder, "length", 9 + NEW + max(WIDTHS))
-    monkeypatch.setattr(Oracle, "propose", lambda self, row, most: skipc.Proposal(
-        truth[0][self.made[0] :][:most] if row == 0 else [-5, 96, 1 << 40], row))  # fmt: skip
+
+    def guess(self: Oracle, row: int, most: int) -> list[int]:
+        return truth[0][self.made[0] :][:most] if row == 0 else [-5, 96, 1 << 40]
+
+    monkeypatch.setattr(Oracle, "guess", guess)
     plain, ours, _ = both(llama, 3, Oracle(truth, 0.0))
     assert torch.equal(ours, plain)
 
@@ -294,7 +299,7 @@ class TestPromptLookup:
     def propose(self, text: str, most: int = 4, **how: int) -> tuple[str, Any]:
         draft = skipc.PromptLookup(**how)
         draft.start([[ord(c) for c in text]])
-        found = draft.propose(0, most)
+        (found,) = draft.propose([most])
         return "".join(map(chr, found.tokens)), found.kind
 
     def test_what_followed_the_last_time(self) -> None:
@@ -312,11 +317,9 @@ class TestPromptLookup:
     def test_rows_are_apart_and_grow(self) -> None:
         draft = skipc.PromptLookup()
         draft.start([[1, 2, 3], [5, 6, 5]])
-        assert draft.propose(0, 3).tokens == []
-        assert draft.propose(1, 2).tokens == [6, 5]
+        assert [p.tokens for p in draft.propose([3, 2])] == [[], [6, 5]]
         draft.extend(0, [1, 2])
-        assert draft.propose(0, 3).tokens == [3, 1, 2]
-        assert draft.propose(0, 0).tokens == []
+        assert [p.tokens for p in draft.propose([3, 0])] == [[3, 1, 2], []]
 
     def test_settings_are_checked(self) -> None:
         with pytest.raises(ValueError, match="shortest"):
