@@ -35,34 +35,39 @@ class Decoder:
 
         device = next(model.parameters()).device
         self.model, self.call, self.batch, self.length, self.padded = model, call, batch, length, padded
-        self._fixed = False
         self.cache: Any = StaticCache(config=model.config, max_cache_len=length)
         self.cached = {cache_argument(model) or "past_key_values": self.cache}
-        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)  # of each row's last token
         self.mask = torch.ones(batch, length, dtype=torch.long, device=device)
         self.fed = torch.zeros(batch, length, dtype=torch.long, device=device)  # tokens whose keys the cache has
         self.count = 0  # tokens of each row in the cache, holes included
         self._fed = 0  # how many of them `fed` has
-        self._wide: dict[int, _Wide] = {}
+        self._fixed = False  # sizes
+        self._steps: dict[int, _Step] = {1: _Step(self, 1)}  # by new tokens of each row
         self.paces: dict[Hashable, Pace] = {}  # of speculation, by what drafts
         # One eager token lets the cache take the shapes of any architecture, before anything is compiled.
-        model(input_ids=self.token, **self.cached)
-        self.replay = Replay(self._step, lambda out: out.logits, model, [self.cache, *self.cache.layers])
+        model(input_ids=self._steps[1].token, **self.cached)
+
+    @property
+    def replay(self) -> Replay:
+        """Of steps of one new token."""
+        return self._steps[1].replay
 
     def fix_sizes(self) -> None:
         """Tell Dynamo to compile steps for just these sizes. Left alone it makes those variable that it saw change, and
         the kernels for few rows, and for keys and values of one length, need to know them."""
         caches = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
-        for t in (self.token, self.position, self.mask, *caches):
+        for t in (self.mask, *caches):
             torch._dynamo.mark_static(t)
         self._fixed = True
+        for step in self._steps.values():
+            step.fix_sizes()
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Logits behind the prompt: float [batch, vocabulary]."""
         self.cache.reset()
-        for replay in (self.replay, *(wide.replay for wide in self._wide.values())):
-            replay.forget()
+        for step in self._steps.values():
+            step.replay.forget()
         if (session := sessions.innermost(self.model)) is not None:
             session.new_request()
         extra: dict[str, Any] = {}
@@ -90,32 +95,29 @@ class Decoder:
                 session.filled(missing)
             self.fed[:, self.count] = tokens
             self._fed += 1
-        self.count += 1
-        self.token.copy_(tokens[:, None])
+        logits = self.judge(tokens[:, None], watched)[:, -1]
         if self.padded:
             self.position += 1
-        logits = self.replay.step(watched)[:, -1]
-        return logits.clone() if on_gpu(logits) else logits  # a graph writes where it wrote before
+        return logits
 
     def judge(self, tokens: torch.Tensor, watched: bool = True) -> torch.Tensor:
         """Logits behind each of ``tokens``, int64 [batch, new], all given at once: float [batch, new, vocabulary]. They
         are in the cache then; :meth:`keep` takes back those that shall not be."""
         new = tokens.shape[1]
-        wide = self._wide.get(new)
-        if wide is None:
-            wide = self._wide[new] = _Wide(self, new)
-        wide.token.copy_(tokens)
+        step = self._steps.get(new)
+        if step is None:
+            step = self._steps[new] = _Step(self, new)
+        step.token.copy_(tokens)
         if self.padded:
-            torch.add(self.position, wide.steps, out=wide.position)
+            torch.add(self.position, step.offsets, out=step.position)
         self.count += new
-        logits = wide.replay.step(watched)
-        return logits.clone() if on_gpu(logits) else logits
+        logits = step.replay.step(watched)
+        return logits.clone() if on_gpu(logits) else logits  # a graph writes where it wrote before
 
     def ready(self, new: int) -> bool:
         """Whether calls of so many new tokens run without being looked at first."""
-        wide = self._wide.get(new)
-        replay = self.replay if new == 1 else wide.replay if wide is not None else None
-        return replay is not None and (replay.repeats or replay.refused is not None)
+        step = self._steps.get(new)
+        return step is not None and (step.replay.repeats or step.replay.refused is not None)
 
     def keep(self, new: int, kept: Sequence[int]) -> None:
         """Of the ``new`` tokens that were judged last, keep the first ``kept`` of each row, and forget the others. Rows
@@ -130,16 +132,12 @@ class Decoder:
             raise ValueError("rows that keep different numbers of tokens need a decoder with a mask")
         self.rewind(first + most)
 
-    def drop(self, rows: Sequence[int]) -> None:
-        """The token that was decoded last was none in these rows."""
-        for row in rows:
-            self.mask[row, self.count - 1] = 0
-            self.position[row] -= 1
-
     def rewind(self, count: int) -> None:
         """Forget all but the first ``count`` tokens."""
         if count != self.count:
-            torch._foreach_copy_(self._counters, [torch.tensor(count, device=self.token.device)] * len(self._counters))
+            torch._foreach_copy_(
+                self._counters, [torch.tensor(count, device=self.position.device)] * len(self._counters)
+            )
             self.count = count
 
     @property
@@ -168,7 +166,7 @@ class Decoder:
 
     def _run_again(self, tokens: int, session: sessions.Session) -> None:
         """Compute the keys and values of the last ``tokens`` under ``session``, with every site running."""
-        if any(type(layer).__name__ != "StaticLayer" for layer in self.cache.layers):
+        if not self.rewinds:
             raise PlanError("kv='backfill' needs a cache that holds all tokens; this model's slides")
         end = self.count
         if end != self._fed:
@@ -186,9 +184,6 @@ class Decoder:
                 self._called(input_ids=self.fed[:, some], **self.cached, **extra, **self._last_only())
                 start = some.stop
 
-    def _step(self) -> Any:
-        return self.forward(self.token, self.position)
-
     def forward(self, token: torch.Tensor, position: torch.Tensor) -> Any:
         """What the model makes of new tokens of each row, int64 [batch, new], at these positions."""
         extra = {"attention_mask": self.mask, "position_ids": position} if self.padded else {}
@@ -205,22 +200,27 @@ class Decoder:
         return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
 
 
-class _Wide:
-    """Steps of several new tokens of each row."""
+class _Step:
+    """Calls of some new tokens of each row, and the buffers that they read."""
 
     def __init__(self, decoder: Decoder, new: int):
-        self.token = decoder.token.new_zeros(decoder.batch, new)
+        device = decoder.position.device
+        self.token = torch.zeros(decoder.batch, new, dtype=torch.long, device=device)
         self.position = torch.zeros_like(self.token)
-        self.steps = torch.arange(1, new + 1, device=self.token.device)[None]
-        if decoder._fixed:
-            torch._dynamo.mark_static(self.token)
-            torch._dynamo.mark_static(self.position)
+        self.offsets = torch.arange(1, new + 1, device=device)[None]
         self.replay = Replay(
             lambda: decoder.forward(self.token, self.position),
             lambda out: out.logits,
             decoder.model,
             [decoder.cache, *decoder.cache.layers],
         )
+        if decoder._fixed:
+            self.fix_sizes()
+
+    def fix_sizes(self) -> None:
+        """See :meth:`Decoder.fix_sizes`."""
+        torch._dynamo.mark_static(self.token)
+        torch._dynamo.mark_static(self.position)
 
 
 def decoder_for(
@@ -232,7 +232,7 @@ def decoder_for(
     state = vars(compiled)
     last: Decoder | None = state.get("_decoder")
     inference = torch.is_inference_mode_enabled()  # what was made in it nobody outside may write
-    same = last is not None and (last.batch, last.padded, last.token.is_inference()) == (batch, padded, inference)
+    same = last is not None and (last.batch, last.padded, last.position.is_inference()) == (batch, padded, inference)
     if last is not None and same and last.model is model and last.length >= tokens:
         return last
     object.__setattr__(compiled, "_decoder", None)

@@ -20,15 +20,14 @@ class DeviceGates:
 
     Attributes:
         steps: numbers of the steps whose kernels look at it.
-        skipped: int8 ``[sites]``, not zero where the call skips; kernels write it.
+        skip: int8 ``[sites]``: what a call skips from its start, not zero.
     """
 
     def __init__(self, table: GateTable, device: torch.device, kernels: dict[int, tuple[int, KernelCall]]):
         self.table, self.steps = table, frozenset(kernels)
         self._kernels = kernels  # by step: the number of its site, and its kernel
-        self._skip, self._closes = (t.to(device, torch.int8) for t in (table.skip, table.closes))
+        self.skip, self._closes = (t.to(device, torch.int8) for t in (table.skip, table.closes))
         self._threshold = table.threshold.tolist()
-        self.skipped = torch.empty_like(self._skip)
 
     @classmethod
     def of(cls, plan: GatedSpec, table: GateTable, device: torch.device, adapted: bool) -> DeviceGates | None:
@@ -46,17 +45,20 @@ class DeviceGates:
             if sites[0] in table.deciding or sites[0] in closed:
                 kernels[i] = sites[0], call
         reached = {site for site, _ in kernels.values()}
+        # Moments have one size: of the last stream, whose tokens a call counts.
+        if any(plan.spec.sites[site].stream != plan.spec.sites[-1].stream for site in reached):
+            return None
         if not reached.issuperset((*table.deciding, *closed)) or reached.intersection(table.factors_by_number):
             return None
         return cls(table, device, kernels)
 
-    def begin(self, rows: torch.Tensor) -> None:
-        """Before each call. ``rows``: moments, fp32 ``[sites, rows, 3]``."""
-        self.skipped.copy_(self._skip)
-        rows.fill_(torch.nan)
+    def run(self, step: int, inputs: Sequence[Any], skipped: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The stream behind a step, whether it is skipped or not.
 
-    def run(self, step: int, inputs: Sequence[Any], rows: torch.Tensor) -> torch.Tensor:
-        """The stream behind a step, whether it is skipped or not."""
+        Args:
+            skipped: int8 ``[sites]`` of the call, not zero where it skips; what the step decides is added.
+            rows: moments of the call, fp32 ``[sites, rows, 3]``; written where the step runs.
+        """
         from skipc.kernels.gpu.gates import Gate  # imports Triton
         from skipc.kernels.gpu.mlp import mlp
 
@@ -69,7 +71,7 @@ class DeviceGates:
         decides = site in self.table.deciding
         moments, closes = rows[site] if decides or self.table.measures else None, self._closes[site]
         threshold, rule = self._threshold[site], RULE_CODES[self.table.rule]
-        told = Gate(self.skipped, site, moments, closes if decides else None, threshold, rule)
+        told = Gate(skipped, site, moments, closes if decides else None, threshold, rule)
         flat = x.view(-1, x.shape[-1])
         made = mlp(flat, gate, up, down, activation, norm, eps, None, residual.view(len(flat), -1), gate=told)
         return made.view_as(residual)

@@ -120,6 +120,7 @@ class GatedCall:
         # Where they do not change, as plain numbers: while a graph is captured, nothing can be read off a tensor.
         self._flags: Any = table.flags if table.fixed else self.skipped
         self.device: DeviceGates | None = None
+        self._skipping: torch.Tensor  # int8 [sites], on the device
 
     def leave_to_device(self, adapted: bool) -> None:
         """Have gates decided on the device, if they can be. ``adapted``: somebody may want adapters."""
@@ -133,12 +134,13 @@ class GatedCall:
     def begin(self) -> None:
         """Before each of the runs that are captured with this call."""
         if self.device is not None:
-            self.device.begin(next(iter(self._rows.values())))
+            self._skipping = self.device.skip.clone()
+            next(iter(self._rows.values())).fill_(torch.nan)
 
     @property
     def seen(self) -> list[torch.Tensor]:
         """What a run with this call wrote."""
-        return [*self._written.values(), *([self.device.skipped] if self.device is not None else [])]
+        return [*self._written.values(), *([self._skipping] if self.device is not None else [])]
 
     def see(self, seen: Sequence[torch.Tensor]) -> None:
         """Take what a run wrote with a call like this one. Waits for the device if that decided."""
@@ -152,14 +154,19 @@ class GatedCall:
     def arm(self, step: int) -> int:
         """Which arm step number ``step`` runs."""
         flags, sites = self._flags, self.plan.sites[step]
-        if self.device is not None and step in self.device.steps and not flags[sites[0]]:
+        if self._on_device(step):
             return PREDICATED
         return self.plan.arms[step][tuple(s for s in sites if flags[s])]
 
     def predicated(self, step: int, inputs: Sequence[Any]) -> torch.Tensor:
         """The stream behind a step whose kernel looks at its gate itself."""
         assert self.device is not None
-        return self.device.run(step, inputs, next(iter(self._rows.values())))
+        return self.device.run(step, inputs, self._skipping, next(iter(self._rows.values())))
+
+    def _on_device(self, step: int) -> bool:
+        """Whether the step's kernel looks at its gate itself."""
+        device = self.device
+        return device is not None and step in device.steps and not self._flags[self.plan.sites[step][0]]
 
     def arrive(self, step: int, stream: torch.Tensor) -> torch.Tensor | None:
         """The stream has come to a step whose tokens may differ: bool ``[batch, tokens]``, those that it runs on, or
@@ -213,8 +220,8 @@ class GatedCall:
         about. Returns ``after``, or where the step skips by scaling, that times the scale. ``rows``: the tokens that it
         ran on, if not all; ``measured``: their moments, if its region took them."""
         sites, table = self.plan.sites[step], self.table
-        if self.device is not None and step in self.device.steps and not self._flags[sites[0]]:
-            return after
+        if self._on_device(step):
+            return after  # its kernel has taken the moments
         for site in sites:
             if site in table.opens_spans:
                 self._before[site] = before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,14 +11,13 @@ from typing import Any
 import torch
 from skipc.runtime import sessions
 from skipc.runtime.decoder import Decoder, cache_argument, decoder_for
-from skipc.runtime.speculation.loop import Request, Rules
+from skipc.runtime.drawing import draw
+from skipc.runtime.rules import OnToken, Rules
+from skipc.runtime.speculation.loop import Request
 from skipc.runtime.speculation.pace import Pace
 from skipc.runtime.speculation.settings import Speculation, SpeculationStats
 
 log = logging.getLogger("skipc")
-
-
-OnToken = Callable[[torch.Tensor], Any]
 
 
 @torch.no_grad()
@@ -62,10 +62,10 @@ def generate(
         int64 ``[batch, prompt + new]``, as transformers' ``generate``; ``new`` is the longest row's.
 
     Raises:
-        TypeError: if the model takes no cache.
+        TypeError: if the model takes no cache, or ``speculative`` is something else.
         ValueError: for a prompt of the wrong shape or padded on the right.
     """
-    model, call = _target(compiled)
+    model, call = target(compiled)
     _check_prompt(input_ids, attention_mask, max_new_tokens)
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
@@ -74,16 +74,18 @@ def generate(
     batch, prompt = input_ids.shape
     if max_new_tokens == 0:
         return input_ids
-    speculation = Speculation() if speculative is True else speculative or None
+    speculation = _speculation(speculative, model, batch, bool(logits_processor))
     more = max(speculation.widths_for(batch)) if speculation is not None else 0
     padded = attention_mask is not None or (speculation is not None and batch > 1)
     decoder = decoder_for(compiled, model, call, batch, prompt + max_new_tokens + more, padded)
+    if speculation is not None and not decoder.rewinds:
+        speculation = _plainly(speculation, "the model's cache slides, so that tokens cannot be taken back")
     logits = decoder.prefill(input_ids, attention_mask)
     foreign = on_token is not None or bool(logits_processor)  # code that may edit the model between tokens
     ids = frozenset(ends.tolist()) if ends is not None else frozenset()
     with _bar(progress, max_new_tokens) as advance:
         rules = Rules(max_new_tokens, ids, pad, process, do_sample, generator, on_token, foreign, advance)
-        if speculation is not None and _may_speculate(speculation, decoder, bool(logits_processor)):
+        if speculation is not None:
             new = _speculated(speculation, decoder, input_ids, attention_mask, logits, rules)
         else:
             new = _plain(decoder, input_ids, logits, rules, ends)
@@ -137,24 +139,32 @@ def _speculated(
     return torch.tensor([row + [rules.pad] * (longest - len(row)) for row in made], device=input_ids.device)
 
 
-def _may_speculate(speculation: Speculation, decoder: Decoder, processed: bool) -> bool:
-    """Whether what calls of several tokens make is what calls of one make, and can be taken back. ``processed``: the
-    caller's own processors shape logits."""
-    session = sessions.innermost(decoder.model)
-    why = None
-    if not decoder.rewinds:
-        why = "the model's cache slides, so that tokens cannot be taken back"
-    elif session is not None and session.steering is not None:
-        why = "a policy decides by calls, of which there would be fewer"
-    elif processed and decoder.batch > 1:
-        why = "processors may look at all rows together, which would be at different tokens"
-    speculation.stats = SpeculationStats(plain=why)
-    if why is not None:
-        log.info("generate does not speculate: %s", why)
-    return why is None
+def _speculation(asked: bool | Speculation, model: Any, batch: int, processed: bool) -> Speculation | None:
+    """What was asked for; None if generation is to be plain, or if rows could not be judged by calls of several tokens.
+    ``processed``: the caller's own processors shape logits."""
+    if not isinstance(asked, bool | Speculation):
+        raise TypeError(f"speculative is True, False or a skipc.Speculation, not {type(asked).__name__}")
+    if asked is False:
+        return None
+    speculation = Speculation() if asked is True else asked
+    speculation.stats = SpeculationStats()
+    session = sessions.innermost(model)
+    if session is not None and session.steering is not None:
+        return _plainly(speculation, "a policy decides by calls, of which there would be fewer")
+    if batch > 1 and processed:
+        return _plainly(speculation, "processors may look at all rows together, which would be at different tokens")
+    if batch > 1 and "position_ids" not in inspect.signature(model.forward).parameters:
+        return _plainly(speculation, "the model takes no positions, so that rows cannot be at different tokens")
+    return speculation
 
 
-def _target(compiled: Any) -> tuple[torch.nn.Module, Callable[..., Any]]:
+def _plainly(speculation: Speculation, why: str) -> None:
+    speculation.stats.plain = why
+    log.info("generate does not speculate: %s", why)
+
+
+def target(compiled: Any) -> tuple[torch.nn.Module, Callable[..., Any]]:
+    """The model, and what to call."""
     model = getattr(compiled, "model", None)
     if not hasattr(compiled, "session") or not isinstance(model, torch.nn.Module):
         model = getattr(compiled, "_orig_mod", compiled)
@@ -213,23 +223,6 @@ def _processors(
             chain.append(hf.TopPLogitsWarper(top_p))
     made: Any = hf.LogitsProcessorList(chain) if chain else None
     return made
-
-
-def draw(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """A token for each row, int64 ``[rows]``, with the probabilities that ``logits``, ``[rows, vocabulary]``, make:
-    where a random number falls among their sums. (``torch.multinomial`` draws a number for each token of the
-    vocabulary, 1.2 ms a row of 49,152 on CPU, a fourteenth of SmolLM2's step.)
-
-    Raises:
-        ValueError: for logits that are not numbers, or that leave no token.
-    """
-    sums = logits.float().softmax(-1).cumsum(-1)
-    total = sums[:, -1:]
-    if not bool(total.isfinite().all()):
-        raise ValueError("there is no token to draw: the logits are not numbers, or all of them are -inf")
-    point = torch.rand(total.shape, generator=generator, device=total.device) * total
-    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))  # never behind the last likely one
-    return torch.searchsorted(sums, point, right=True)[:, 0]
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from skipc.runtime.generation import generate
+from skipc.runtime.generation import generate, target
 from skipc.runtime.speculation.settings import Speculation
 
 _KNOWN = ("MaxLengthCriteria", "EosTokenCriteria")
+# What transformers prepares of tokens and mask, and skipc by itself.
+_OWN = ("attention_mask", "cache", "past_key_values", "position_ids", "cache_position", "use_cache", "logits_to_keep")
 
 
 def generation_mode(
@@ -24,8 +26,9 @@ def generation_mode(
         streamer: one of transformers'. (``model.generate``, as of 5.24, hands its own on to no callable.)
 
     Raises:
-        ValueError: when called for something that it does not do: scores or attentions as outputs, beams, a cache that
-            the caller has filled, or for several rows stopping criteria of the caller's.
+        ValueError: when called for something that it does not do: another model, inputs beside tokens and their mask,
+            scores or attentions as outputs, beams, a cache that the caller has filled, or for several rows stopping
+            criteria of the caller's.
     """
 
     def decode(
@@ -37,7 +40,9 @@ def generation_mode(
         synced_gpus: bool = False,
         **model_kwargs: Any,
     ) -> torch.Tensor:
-        _check(model, generation_config, model_kwargs)
+        if model is not target(compiled)[0]:
+            raise ValueError("skipc generates with the model that was compiled, and this is another")
+        _check(generation_config, model_kwargs)
         more = [c for c in stopping_criteria if type(c).__name__ not in _KNOWN]
         if more and len(input_ids) > 1:
             raise ValueError(f"for several rows skipc knows no {', '.join(type(c).__name__ for c in more)}")
@@ -73,13 +78,16 @@ def generation_mode(
     return decode
 
 
-def _check(model: Any, config: Any, given: dict[str, Any]) -> None:
+def _check(config: Any, given: dict[str, Any]) -> None:
     asked = [name for name in ("return_dict_in_generate", "output_scores", "output_attentions", "output_hidden_states")
              if getattr(config, name, False)]  # fmt: skip
-    if (config.num_beams or 1) > 1 or ((config.num_return_sequences or 1) > 1 and not config.do_sample):
+    if (config.num_beams or 1) > 1:
         asked.append("num_beams")
     if asked:
         raise ValueError(f"skipc generates tokens alone, without {', '.join(asked)}")
+    more = sorted(name for name, value in given.items() if value is not None and name not in _OWN)
+    if more:
+        raise ValueError(f"skipc generates from tokens and their mask alone, without {', '.join(more)}")
     cache = given.get("past_key_values", given.get("cache"))
     if cache is not None and getattr(cache, "get_seq_length", lambda: 0)() > 0:
         raise ValueError("skipc generates on a cache of its own: it cannot go on from one that is filled already")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from skipc.runtime.drawing import draw_by
 
 
 def greedy(drafted: Sequence[int], likeliest: Callable[[int, Sequence[int]], int]) -> list[int]:
@@ -34,23 +35,10 @@ def sampled(
     made: list[int] = []
     for token in drafted:
         odds = weights(len(made), made)
-        if float(torch.rand((), generator=generator, device=odds.device)) < float(odds[token] / odds.sum()):
-            made.append(token)
-            continue
-        odds = odds.clone()
-        odds[token] = 0
-        if float(odds.sum()) > 0:  # else it was the only one, but for rounding
-            return [*made, pick(odds, generator)]
+        if not float(torch.rand((), generator=generator, device=odds.device)) < float(odds[token] / odds.sum()):
+            others = odds.clone()
+            others[token] = 0
+            if float(others.sum()) != 0:  # else it was the only one, but for rounding
+                return [*made, int(draw_by(others[None], generator))]
         made.append(token)
-    return [*made, pick(weights(len(made), made), generator)]
-
-
-def pick(weights: torch.Tensor, generator: torch.Generator | None) -> int:
-    """The number of one of ``weights``, ``[n]``, drawn by them."""
-    sums = weights.cumsum(-1)
-    total = sums[-1:]
-    if not bool(total.isfinite().all()) or float(total) <= 0:
-        raise ValueError("there is no token to draw: the logits are not numbers, or all of them are -inf")
-    point = torch.rand(1, generator=generator, device=weights.device) * total
-    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
-    return int(torch.searchsorted(sums, point, right=True))
+    return [*made, int(draw_by(weights(len(made), made)[None], generator))]

@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from skipc.runtime.decoder import Decoder
+from skipc.runtime.rules import Rules
 from skipc.runtime.speculation.accepting import greedy, sampled
 from skipc.runtime.speculation.drafts import Draft, Proposal
 from skipc.runtime.speculation.pace import Pace
 from skipc.runtime.speculation.settings import SpeculationStats
-
-Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (ids [1, n], logits [1, vocabulary]) -> logits
-
-
-@dataclass
-class Rules:
-    """What a request asks for.
-
-    Attributes:
-        most: new tokens of each row, at most.
-        ends: tokens that end a row.
-        pad: what comes behind them.
-        process: what shapes logits, if anything does.
-        sample: whether tokens are drawn; otherwise the likeliest come.
-        generator: source of randomness.
-        on_token: called with each step's tokens, int64 ``[batch]``; a true result stops.
-        watched: whether code outside may edit the model between calls.
-        advance: called for each step's tokens.
-    """
-
-    most: int
-    ends: frozenset[int]
-    pad: int
-    process: Process | None
-    sample: bool
-    generator: torch.Generator | None
-    on_token: Callable[[torch.Tensor], Any] | None
-    watched: bool
-    advance: Callable[[], None]
 
 
 class Request:
@@ -94,20 +65,14 @@ class Request:
             self.decoder.close_holes()
         ready = self.decoder.ready(width)
         last, pad = [row[-1] for row in self.known], self.rules.pad
-        if width == 1:
-            logits = self.decoder.decode(self._tensor(last), self.rules.watched)[:, None]
-        else:
-            fed = [[t, *d, *[pad] * (width - 1 - len(d))] for t, d in zip(last, drafted, strict=True)]
-            logits = self.decoder.judge(self._tensor(fed), self.rules.watched)
+        fed = [[t, *d, *[pad] * (width - 1 - len(d))] for t, d in zip(last, drafted, strict=True)]
+        logits = self.decoder.judge(self._tensor(fed), self.rules.watched)
         plain = None if self.rules.process or self.rules.sample else logits.argmax(-1).tolist()
         came = [
             self._decide(i, drafted[i], logits[i], None if plain is None else plain[i]) if runs else []
             for i, runs in enumerate(self.running)
         ]
-        if width > 1:
-            self.decoder.keep(width, [len(tokens) for tokens in came])
-        else:
-            self.decoder.drop([row for row, runs in enumerate(self.running) if not runs])
+        self.decoder.keep(width, [len(tokens) for tokens in came])
         self._count(width, proposals, drafted, came)
         self._take(came)
         took = time.perf_counter() - begin
@@ -182,7 +147,7 @@ class Request:
                 self.known = [row[: n + self.shown] for row, n in zip(self.known, self.lengths, strict=True)]
 
     def _tensor(self, numbers: list[Any]) -> torch.Tensor:
-        return torch.tensor(numbers, device=self.decoder.token.device)
+        return torch.tensor(numbers, device=self.decoder.position.device)
 
 
 def _positions(config: Any) -> int:

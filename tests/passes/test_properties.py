@@ -115,7 +115,7 @@ def check(layers: list[tuple[str, str, bool]], batch: int, seed: int) -> None:
     check_model(model, torch.randn(batch, T, D), torch.randn(len(layers) + 1, batch, T + 2, D), subsets=4, seed=seed)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.lists(layer, min_size=1, max_size=4), st.sampled_from([1, 3]), st.integers(0, 1000))
 def test_program_equals_eager(layers: list[tuple[str, str, bool]], batch: int, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -126,7 +126,7 @@ def test_program_equals_eager(layers: list[tuple[str, str, bool]], batch: int, s
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(layer, min_size=1, max_size=5), st.sampled_from([1, 3]), st.integers(0, 1000))
 def test_program_equals_eager_long(layers: list[tuple[str, str, bool]], batch: int, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
+from skipc.runtime import generation
+from skipc.runtime.hugging_face import _check
 from skipc.runtime.speculation.accepting import greedy, sampled
 from skipc.runtime.speculation.pace import Pace
 
 import skipc
+from tests.adapters.test_adapter import trained
 from tests.harness import STRICT
 from tests.models.zoo import ZOO, ids
 
@@ -87,9 +91,7 @@ def test_greedy_tokens_are_the_same(llama: Any, batch: int) -> None:
         again = both(llama, batch)
     assert torch.equal(again[1], plain)
     assert session.stats().recompiles == 0
-    assert {
-        replay.refused for replay in (llama._decoder.replay, *(w.replay for w in llama._decoder._wide.values()))
-    } == {None}
+    assert {step.replay.refused for step in llama._decoder._steps.values()} == {None}
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -218,6 +220,10 @@ class TestTransformers:
         for how in ({"num_beams": 2}, {"return_dict_in_generate": True}):
             with pytest.raises(ValueError, match="tokens alone"):
                 llama.model.generate(padded(1)[0], max_new_tokens=4, custom_generate=mode, do_sample=False, **how)
+        with pytest.raises(ValueError, match="this is another"):
+            ZOO["llama"].build().generate(padded(1)[0], max_new_tokens=4, custom_generate=mode, do_sample=False)
+        with pytest.raises(ValueError, match="without pixel_values"):
+            _check(llama.model.generation_config, {"pixel_values": torch.zeros(1), "attention_mask": None})
 
 
 def test_sessions_hold_for_drafts_too(llama: Any) -> None:
@@ -230,6 +236,38 @@ def test_sessions_hold_for_drafts_too(llama: Any) -> None:
         plain, ours, stats = both(llama, 1)
     assert torch.equal(ours, plain)
     assert "policy" in stats.plain
+
+
+def test_adapters_of_rows_and_of_tokens_hold_for_drafts_too() -> None:
+    base = ZOO["llama"].build()
+    bank = skipc.AdapterBank(base, slots=4, max_rank=8)
+    for rank in (4, 7):
+        bank.load(f"r{rank}", trained("llama", rank, torch.float32, r=rank))
+    compiled = skipc.compile(base, adapters=bank, fullgraph=True, **STRICT)
+    without = both(compiled, 1)[0]
+    router = skipc.AdapterRouter(torch.randn(2, 64), ["r4", "r7"], top_k=1)
+    for batch, wanted in ((1, ["r7"]), (1, router), (3, ["r4", None, "r7"])):
+        with compiled.session(adapters=wanted):
+            plain, ours, stats = both(compiled, batch)
+        assert torch.equal(ours, plain)
+        assert stats.accepted
+        assert batch > 1 or not torch.equal(plain, without)
+
+
+def test_logits_that_are_not_numbers_are_refused() -> None:
+    for drafted in ([0], []):
+        with pytest.raises(ValueError, match="no token to draw"):
+            sampled(drafted, lambda i, made: torch.full((3,), torch.nan), None)
+
+
+def test_models_without_positions_speculate_in_one_row_alone(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(input_ids: Any, past_key_values: Any = None, attention_mask: Any = None, **how: Any) -> None: ...
+
+    monkeypatch.setattr(generation.inspect, "signature", lambda _: signature(forward))
+    speculation = skipc.Speculation()
+    assert generation._speculation(speculation, llama.model, 1, False) is speculation
+    assert generation._speculation(speculation, llama.model, 3, False) is None
+    assert "positions" in str(speculation.stats.plain)
 
 
 def test_caches_that_slide_do_not_speculate() -> None:
