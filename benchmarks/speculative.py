@@ -122,7 +122,7 @@ class Known:
         self.made[row] += len(tokens)
 
     def propose(self, most: Any) -> list[skipc.Proposal]:
-        return [skipc.Proposal(r[n:][:m], "known") for r, n, m in zip(self.rows, self.made, most, strict=True)]
+        return [skipc.Proposal(r[n:][:m]) for r, n, m in zip(self.rows, self.made, most, strict=True)]
 
 
 def start(compiled: Any, tokenizer: Any, batch: int, count: int, how: dict[str, Any]) -> None:

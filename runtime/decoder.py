@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -139,6 +140,16 @@ class Decoder:
                 self._counters, [torch.tensor(count, device=self.position.device)] * len(self._counters)
             )
             self.count = count
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Steps inside it are forgotten at its end."""
+        count, position = self.count, self.position.clone()
+        try:
+            yield
+        finally:
+            self.rewind(count)
+            self.position.copy_(position)
 
     @property
     def rewinds(self) -> bool:

@@ -132,8 +132,9 @@ def _speculated(
 ) -> torch.Tensor:
     """New tokens, int64 ``[batch, new]``, as many at a time as drafts get right."""
     widths = speculation.widths_for(len(input_ids))
-    pace = decoder.paces.setdefault((type(speculation.draft), widths, rules.sample), Pace(widths))
-    request = Request(decoder, input_ids, mask, logits, rules, speculation.draft, pace, speculation.stats)
+    keys = tuple(getattr(draft, "key", type(draft)) for draft in speculation.drafts)
+    pace = decoder.paces.setdefault((keys, widths, rules.sample), Pace(widths))
+    request = Request(decoder, input_ids, mask, logits, rules, speculation.drafts, pace, speculation.stats)
     made = request.run()
     longest = max(map(len, made))
     return torch.tensor([row + [rules.pad] * (longest - len(row)) for row in made], device=input_ids.device)

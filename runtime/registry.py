@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from skipc.ir.site import Site
+
 if TYPE_CHECKING:
     from skipc.runtime.program import Program
 
@@ -29,7 +31,7 @@ def compilations(parameters: frozenset[int]) -> int:
     return sum(n for used, n in _compiled.items() if not parameters or used <= parameters)
 
 
-def known_sites(parameters: frozenset[int]) -> frozenset[str]:
-    """The sites of a model, as far as it is compiled."""
-    names = [p.site_names for p, used in _programs.items() if used and used <= parameters]
-    return frozenset().union(*names)
+def known_sites(parameters: frozenset[int]) -> dict[str, Site]:
+    """The sites of a model by name, as far as it is compiled."""
+    known = [p.spec.sites for p, used in list(_programs.items()) if used and used <= parameters]
+    return {site.name: site for sites in known for site in sites}

@@ -30,6 +30,7 @@ from skipc.ir.gating import GateTable
 from skipc.ir.plan import Plan
 from skipc.ir.program import KVPolicy
 from skipc.ir.route import Route
+from skipc.ir.site import Site
 
 if TYPE_CHECKING:
     from skipc.runtime.gating import GatedCall
@@ -259,9 +260,24 @@ class Session:
 
     def again(self) -> Session:
         """A session inside this one for what it has left out: every site runs, in the same weights and adapters."""
-        made = Session(self.model, plan=self.plan, kv="project")
-        made._adapting = self._adapting.lent() if self._adapting is not None else None
-        return made
+        return self._with_adapters(Session(self.model, plan=self.plan, kv="project"))
+
+    def drafting(self, plan: Plan, kv: KVPolicy) -> Session:
+        """A session inside this one that does what ``plan`` says in addition: in the same weights, but for those of the
+        plan, and with the same adapters.
+
+        Raises:
+            PlanError: if both plans have weights or replacements.
+        """
+        if plan.whole:
+            return self._with_adapters(Session(self.model, self.skip | plan.skip, kv, plan=self.plan))
+        if self.plan is not None and not self.plan.whole:
+            raise PlanError("a draft with weights or replacements goes with no session whose plan has some, too")
+        return self._with_adapters(Session(self.model, self.skip - plan.replace.keys(), kv, plan=plan))
+
+    def _with_adapters(self, inner: Session) -> Session:
+        inner._adapting = self._adapting.lent() if self._adapting is not None else None
+        return inner
 
     @property
     def phase(self) -> Phase | None:
@@ -346,7 +362,7 @@ class Session:
     def _check(self, program: Program, inputs: Sequence[Any]) -> None:
         """Once a program: every site to skip or replace must be one of it, or have no part in it."""
         if self.skip - program.site_names:
-            self._check_names(program.site_names | known_sites(self.parameters))
+            self._check_names(program.site_names.union(known_sites(self.parameters)))
         used = set(program.parameters_of(inputs))
         for name in sorted(self._named):
             path = name.split("#")[0]
@@ -423,6 +439,11 @@ def session_for(parameters: Sequence[int]) -> Session | None:
             "session in this thread"
         )
     return None
+
+
+def sites_of(model: torch.nn.Module) -> list[Site]:
+    """The sites of a model, as far as it is compiled."""
+    return list(known_sites(_parameters(model)).values())
 
 
 def refuse(parameters: Sequence[int], reason: str) -> None:

@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     )
     from skipc.runtime.session_stats import SessionStats
     from skipc.runtime.sessions import Session
-    from skipc.runtime.speculation.drafts import Draft, PromptLookup, Proposal
+    from skipc.runtime.speculation.drafts import Draft, ModelDraft, PromptLookup, Proposal
+    from skipc.runtime.speculation.self_draft import SelfDraft
     from skipc.runtime.speculation.settings import Speculation, SpeculationStats
 
 __version__ = "0.1.0"
@@ -90,7 +91,8 @@ _HOME = {
     ],
     "skipc.runtime.session_stats": ["SessionStats"],
     "skipc.runtime.sessions": ["Session"],
-    "skipc.runtime.speculation.drafts": ["Draft", "PromptLookup", "Proposal"],
+    "skipc.runtime.speculation.drafts": ["Draft", "ModelDraft", "PromptLookup", "Proposal"],
+    "skipc.runtime.speculation.self_draft": ["SelfDraft"],
     "skipc.runtime.speculation.settings": ["Speculation", "SpeculationStats"],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -98,12 +100,12 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AdaSkip", "Adapter", "AdapterBank", "AdapterError", "AdapterRouter", "Affine", "AlreadyCompiledError", "Call",
     "CompiledModel", "Config", "ConfigError", "Draft", "EarlyExit", "Explanation", "FFNSkip", "FallbackError",
-    "GateTable", "Lagged", "LoRA", "LowRank", "NoResidualStreamError", "Observe", "PassError", "Plan", "PlanError",
-    "Policy", "PredictionExit", "Profile", "ProfileError", "PromptLookup", "Proposal", "Reason", "Rejection", "Route",
-    "Routed", "Session", "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport",
-    "SkipDecode", "SkipcError", "Speculation", "SpeculationStats", "Static", "Unified", "UnknownSiteError",
-    "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites", "generate", "generation_mode",
-    "list_options", "merge_adapters", "package", "session",
+    "GateTable", "Lagged", "LoRA", "LowRank", "ModelDraft", "NoResidualStreamError", "Observe", "PassError", "Plan",
+    "PlanError", "Policy", "PredictionExit", "Profile", "ProfileError", "PromptLookup", "Proposal", "Reason",
+    "Rejection", "Route", "Routed", "SelfDraft", "Session", "SessionError", "SessionStats", "SessionThreadError",
+    "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Speculation", "SpeculationStats", "Static",
+    "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites",
+    "generate", "generation_mode", "list_options", "merge_adapters", "package", "session",
 ]  # fmt: skip
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from skipc.runtime.decoder import Decoder
 from skipc.runtime.rules import Rules
 from skipc.runtime.speculation.accepting import greedy, sampled
-from skipc.runtime.speculation.drafts import Draft, Proposal
+from skipc.runtime.speculation.drafts import Draft, ModelDraft, Proposal
 from skipc.runtime.speculation.pace import Pace
 from skipc.runtime.speculation.settings import SpeculationStats
 
@@ -31,11 +32,13 @@ class Request:
         mask: torch.Tensor | None,
         logits: torch.Tensor,
         rules: Rules,
-        draft: Draft,
+        drafts: Sequence[Draft],
         pace: Pace,
         stats: SpeculationStats,
     ):
-        self.decoder, self.rules, self.draft, self.pace = decoder, rules, draft, pace
+        self.decoder, self.rules, self.pace, self.stats = decoder, rules, pace, stats
+        self.drafts = drafts
+        self.models = [d for d in drafts if isinstance(d, ModelDraft)]
         skipped = [0] * len(prompts) if mask is None else (mask == 0).sum(1).tolist()
         self.padding = [row[:n] for row, n in zip(prompts.tolist(), skipped, strict=True)]  # which processors see, too
         self.known = [row[n:] for row, n in zip(prompts.tolist(), skipped, strict=True)]
@@ -44,8 +47,10 @@ class Request:
         self.positions, self.vocabulary = _positions(decoder.model.config), logits.shape[-1]
         self.shown = 0
         self.stopped = False
-        self.stats = stats
-        draft.start(self.known)
+        for model in self.models:
+            model.attach(decoder, functools.partial(self._goes_on, model), rules.watched)
+        for draft in drafts:
+            draft.start(self.known)
         self._take([self._decide(row, [], logits[row : row + 1]) for row in range(len(prompts))])
 
     def run(self) -> list[list[int]]:
@@ -56,38 +61,70 @@ class Request:
 
     def _round(self) -> None:
         begin = time.perf_counter()
-        proposals = self._proposals()
-        running = [p for p, runs in zip(proposals, self.running, strict=True) if runs]
-        width = self.pace.choose(running, self.positions - max(map(len, self.known)))
-        drafted = [p.tokens[: width - 1] for p in proposals]
-        drafting = time.perf_counter() - begin
-        if self.decoder.count + width > self.decoder.length:
+        if self.decoder.count + max(self.pace.widths) > self.decoder.length:
             self.decoder.close_holes()
+        width, proposals, model = self._propose()
+        drafted = [list(p.tokens[: width - 1]) for p in proposals]
+        middle = time.perf_counter()
         ready = self.decoder.ready(width)
         last, pad = [row[-1] for row in self.known], self.rules.pad
         fed = [[t, *d, *[pad] * (width - 1 - len(d))] for t, d in zip(last, drafted, strict=True)]
-        logits = self.decoder.judge(self._tensor(fed), self.rules.watched)
+        logits = self.decoder.judge(self._tensor(fed), self.rules.watched and model is None)
         plain = None if self.rules.process or self.rules.sample else logits.argmax(-1).tolist()
         came = [
             self._decide(i, drafted[i], logits[i], None if plain is None else plain[i]) if runs else []
             for i, runs in enumerate(self.running)
         ]
         self.decoder.keep(width, [len(tokens) for tokens in came])
-        self._count(width, proposals, drafted, came)
+        self._count(width, proposals, drafted, came, model)
         self._take(came)
-        took = time.perf_counter() - begin
-        self.stats.note(width, took, drafting)
+        end = time.perf_counter()
+        self.stats.note(width, end - begin, middle - begin)
         if ready:
-            self.pace.took(width, took)
+            self.pace.took(width, end - middle)
 
-    def _proposals(self) -> list[Proposal]:
-        """What the draft says, as far as it can be fed to the model."""
+    def _propose(self) -> tuple[int, list[Proposal], Hashable | None]:
+        """The width of the next call, what it is to judge of each row, and the model that drafted it, if one did."""
+        room = self.positions - max(map(len, self.known))
         most = [min(max(self.pace.widths), self._left(i)) - 1 if runs else 0 for i, runs in enumerate(self.running)]
+        width, gain, proposals = 1, 1.0, [Proposal() for _ in most]
+        for i, draft in enumerate(self.drafts):
+            if isinstance(draft, ModelDraft):
+                continue
+            made = self._asked(draft, most, i)
+            chosen, promised = self.pace.choose(self._of_running(made), room)
+            if promised > gain or not any(p.tokens for p in proposals):
+                width, gain, proposals = chosen, promised, made
+        self._width = min(room, max(most) + 1)
+        key = self.pace.choose_model([model.key for model in self.models], self._width, gain)
+        model = next((m for m in self.models if m.key == key), None) if key is not None else None
+        if model is None:
+            return width, proposals, None
+        proposals = self._timed(model, most)
+        return self.pace.choose(self._of_running(proposals), room)[0], proposals, key
+
+    def _timed(self, model: ModelDraft, most: Sequence[int]) -> list[Proposal]:
+        """What a model says."""
+        begin, ready = time.perf_counter(), self.decoder.ready(1)
+        proposals = self._asked(model, most, model.key)
+        steps = max(len(p.tokens) for p in proposals)
+        self.stats.steps += steps
+        self.pace.drafted(model.key, max(1, steps), time.perf_counter() - begin if ready else None)
+        return proposals
+
+    def _goes_on(self, model: ModelDraft, kinds: Sequence[Sequence[Hashable]]) -> bool:
+        return self.pace.goes_on(model.key, [[(model.key, k) for k in row] for row in kinds], self._width)
+
+    def _asked(self, draft: Draft, most: Sequence[int], key: Hashable) -> list[Proposal]:
+        """What a draft says, as far as it can be fed to the model, with kinds that are no other draft's."""
         made = []
-        for (tokens, kind), n in zip(self.draft.propose(most), most, strict=True):
-            known = next((i for i, t in enumerate(tokens[:n]) if not 0 <= t < self.vocabulary), n)
-            made.append(Proposal(list(tokens[:known]), kind))
+        for (tokens, kinds), n in zip(draft.propose(most), most, strict=True):
+            known = next((i for i, t in enumerate(tokens[:n]) if not 0 <= t < self.vocabulary), min(n, len(tokens)))
+            made.append(Proposal(tokens[:known], [(key, kinds[i] if i < len(kinds) else None) for i in range(known)]))
         return made
+
+    def _of_running(self, proposals: Sequence[Proposal]) -> list[Proposal]:
+        return [p for p, runs in zip(proposals, self.running, strict=True) if runs]
 
     def _decide(self, row: int, drafted: list[int], logits: torch.Tensor, plain: list[int] | None = None) -> list[int]:
         """The tokens that come in a row: ``logits``, float [1 + drafted or more, vocabulary]."""
@@ -106,16 +143,22 @@ class Request:
             return greedy(drafted, lambda i, made: plain[i])
         return greedy(drafted, lambda i, made: int(shaped(i, made).argmax()))
 
-    def _count(self, width: int, proposals: list[Proposal], drafted: list[list[int]], came: list[list[int]]) -> None:
+    def _count(
+        self,
+        width: int,
+        proposals: list[Proposal],
+        drafted: list[list[int]],
+        came: list[list[int]],
+        model: Hashable | None,
+    ) -> None:
+        """Which tokens were right: those that were judged, and in plain steps the first of each proposal."""
         for proposal, judged, here in zip(proposals, drafted, came, strict=True):
             if not proposal.tokens or not here:
                 continue
             right = len(here) - 1 if width > 1 else int(proposal.tokens[0] == here[0])
-            looked_at = len(judged) if width > 1 else 1
-            self.pace.came(proposal.kind, right, int(right < looked_at))
-            if width > 1:
-                self.stats.drafted += len(judged)
-                self.stats.accepted += right
+            self.pace.came(proposal.kinds[: max(1, len(judged))], right, model)
+            self.stats.drafted += len(judged)
+            self.stats.accepted += right if width > 1 else 0
 
     def _take(self, came: list[list[int]]) -> None:
         """Append the tokens that came, up to the first that ends a row, and show those that all rows have."""
@@ -126,7 +169,8 @@ class Request:
             end = next((i for i, t in enumerate(tokens) if t in self.rules.ends), None)
             tokens = tokens if end is None else tokens[: end + 1]
             self.known[row] += tokens
-            self.draft.extend(row, tokens)
+            for draft in self.drafts:
+                draft.extend(row, tokens)
             self.running[row] = end is None and self._left(row) > 0
         self._show()
 

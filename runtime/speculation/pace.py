@@ -1,26 +1,57 @@
-"""How many drafted tokens to have judged at a time, if any: by what calls take and how often drafts were right."""
+"""How many drafted tokens to have judged at a time, if any, and who drafts them: by what calls take and how often
+drafts were right."""
 
 from __future__ import annotations
 
 import statistics
-from collections import deque
-from collections.abc import Hashable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from skipc.runtime.speculation.drafts import Proposal
 
 _KEPT = 16  # times of each width
 _WEIGHT = 0.05  # of one more token in a rate
-_FIRST = 0.5  # rate of a kind of which nothing is known
 _ENOUGH = 3  # times of a width, before they are believed
-_AGAIN = 32  # after so many calls with drafts a plain one is timed
+_AGAIN = 48  # after so many calls with drafts a plain one is timed
 _SURE = 1.02  # a call with drafts must promise so much more than one without
+_WAIT, _LONGEST_WAIT = 48, 1536  # plain calls until a model that did not pay as a draft is tried again
+
+
+@dataclass
+class Rate:
+    """How often something is right: a mean at first, which then forgets slowly.
+
+    Attributes:
+        value: the estimate; at first a guess that counts as ``seen`` tokens.
+        seen: tokens.
+    """
+
+    value: float = 0.5
+    seen: int = 2
+
+    def note(self, right: bool) -> None:
+        """One more token."""
+        self.seen += 1
+        self.value += max(_WEIGHT, 1 / self.seen) * (right - self.value)
+
+
+@dataclass
+class _Model:
+    """What is known of a model that drafts."""
+
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))  # of a token, where calls were proven
+    rate: Rate = field(default_factory=lambda: Rate(0.8, 4))  # of all its tokens
+    wait: int = _WAIT
+    due: int = 0  # the call at which it may be tried again, though it does not pay
 
 
 class Pace:
     """Chooses between plain steps and calls that judge drafts, for the most tokens in a second.
 
     How often the first token of a proposal is right shows at plain steps too: it costs nothing to compare it with what
-    came. So drafting stops where it does not pay, and begins again where it would have, without trying.
+    came. So drafting stops where it does not pay, and begins again where it would have, without trying. Models that
+    draft cost time: one that does not pay is tried again seldom, and ever more seldom.
 
     Args:
         widths: of calls, tokens of each row: 1, and more for those that judge drafts.
@@ -29,24 +60,40 @@ class Pace:
     def __init__(self, widths: Sequence[int]):
         self.widths = tuple(sorted(widths))
         self._seconds: dict[int, deque[float]] = {w: deque(maxlen=_KEPT) for w in self.widths}
-        self._rates: dict[Hashable, float] = {}
+        self._rates: defaultdict[Hashable, Rate] = defaultdict(Rate)
+        self._models: defaultdict[Hashable, _Model] = defaultdict(_Model)
+        self._calls = 0
         self._since = 0  # calls since the last plain one
 
+    # -- what happened ------------------------------------------------------------------------------------------------
+
     def took(self, width: int, seconds: float) -> None:
-        """A call of this width took so long, with all that belongs to it."""
+        """A call of this width took so long, without what drafting took."""
         self._seconds[width].append(seconds)
+        self._calls += 1
         self._since = 0 if width == 1 else self._since + 1
 
-    def came(self, kind: Hashable, right: int, wrong: int) -> None:
-        """Of a proposal's tokens so many were right, and then one was ``wrong``, or none was looked at."""
-        rate = self._rates.get(kind, _FIRST)
-        for hit in [1.0] * right + [0.0] * wrong:
-            rate += _WEIGHT * (hit - rate)
-        self._rates[kind] = rate
+    def came(self, kinds: Sequence[Hashable], right: int, model: Hashable = None) -> None:
+        """Of a proposal's tokens of these kinds so many were right, and the one behind them, if there is one, was not.
+        ``model``: the one that proposed them, if one did."""
+        for i, kind in enumerate(kinds[: right + 1]):
+            self._rates[kind].note(i < right)
+            if model is not None:
+                self._models[model].rate.note(i < right)
+
+    def drafted(self, model: Hashable, tokens: int, seconds: float | None) -> None:
+        """A model drafted so many tokens of each row; None if the time says nothing."""
+        known = self._models[model]
+        if seconds is not None:
+            known.seconds.append(seconds / tokens)
+        known.due = self._calls + known.wait
+        known.wait = min(2 * known.wait, _LONGEST_WAIT)
+
+    # -- what will ----------------------------------------------------------------------------------------------------
 
     def rate(self, kind: Hashable) -> float:
-        """How often a token of such a proposal is right, given that those before it were."""
-        return self._rates.get(kind, _FIRST)
+        """How often a token of this kind is right, given that those before it were."""
+        return self._rates[kind].value
 
     def cost(self, width: int) -> float:
         """Of a call of this width, in plain steps; a guess while nothing is known."""
@@ -55,22 +102,88 @@ class Pace:
             return 1 + 0.04 * (width - 1)
         return statistics.median(wide) / statistics.median(plain)
 
+    def cost_of_drafting(self, model: Hashable) -> float | None:
+        """Of one token of each row, in plain steps; None while nothing is known."""
+        known = self._models[model]
+        if len(known.seconds) < _ENOUGH or not self._seconds[1]:
+            return None
+        return statistics.median(known.seconds) / statistics.median(self._seconds[1])
+
     def expected(self, proposal: Proposal, width: int) -> float:
         """Tokens that a call of this width brings a row, by how often such proposals were right."""
-        rate, total, here = self.rate(proposal.kind), 1.0, 1.0
-        for _ in range(min(len(proposal.tokens), width - 1)):
-            here *= rate
-            total += here
-        return total
+        return 1 + sum(_products(map(self.rate, proposal.kinds[: width - 1])))
 
-    def choose(self, proposals: Sequence[Proposal], most: int) -> int:
+    # -- choices ------------------------------------------------------------------------------------------------------
+
+    @property
+    def plain_is_due(self) -> bool:
+        """Whether plain steps need to be timed."""
+        return len(self._seconds[1]) < _ENOUGH or self._since >= _AGAIN
+
+    def choose(self, proposals: Sequence[Proposal], most: int) -> tuple[int, float]:
         """The width of the next call, at most ``most`` if it is more than one, given what is proposed for each row that
-        still runs."""
-        if len(self._seconds[1]) < _ENOUGH or self._since >= _AGAIN or not any(p.tokens for p in proposals):
-            return 1
+        still runs, and how many tokens it promises in the time of a plain step."""
         best, chosen = _SURE, 1
+        if self.plain_is_due or not any(p.tokens for p in proposals):
+            return 1, 1.0
         for width in (w for w in self.widths[1:] if w <= most):
             gain = sum(self.expected(p, width) for p in proposals) / len(proposals) / self.cost(width)
             if gain > best:
                 best, chosen = gain, width
-        return chosen
+        return chosen, best if chosen > 1 else 1.0
+
+    def choose_model(self, models: Sequence[Hashable], most: int, otherwise: float) -> Hashable | None:
+        """Which model drafts for the next call, of width ``most`` at most, if one does: the one that promises most, and
+        more than ``otherwise`` does; or one of which too little is known."""
+        if self.plain_is_due or all(w > most for w in self.widths[1:]):
+            return None
+        best, chosen = max(_SURE, otherwise), None
+        for model in models:
+            known, cost = self._models[model], self.cost_of_drafting(model)
+            if cost is None:
+                return model
+            gain = self._promise(known.rate.value, cost, most)
+            if gain > best:
+                best, chosen = gain, model
+        if chosen is not None:
+            self._models[chosen].wait = _WAIT
+            return chosen
+        return next((m for m in models if self._models[m].due <= self._calls), None)
+
+    def goes_on(self, model: Hashable, kinds: Sequence[Sequence[Hashable]], most: int) -> bool:
+        """Whether a model shall draft one more token, given the kinds of those that it has for each row that runs: if
+        what more of them bring is worth the time, at what tokens cost now."""
+        known, cost = self._models[model], self.cost_of_drafting(model)
+        made = max(map(len, kinds))
+        if made >= most - 1 or not kinds:
+            return False
+        if cost is None:
+            return True
+        worth = max(1.0, self._promise(known.rate.value, cost, most))
+        so_far = [list(_products(map(self.rate, row))) for row in kinds]
+
+        def value(count: int) -> float:
+            tokens = sum(sum(p) + _more(p[-1] if p else 1.0, known.rate.value, count - made) for p in so_far)
+            return tokens / len(kinds) - worth * (self._cost_of_judging(count) + cost * (count - made))
+
+        return max(value(n) for n in range(made + 1, most)) > value(made)
+
+    def _promise(self, rate: float, cost: float, most: int) -> float:
+        """Tokens in the time of a plain step, at the best length of drafts."""
+        return max((1 + _more(1.0, rate, n)) / (self._cost_of_judging(n) + cost * n) for n in range(1, max(2, most)))
+
+    def _cost_of_judging(self, count: int) -> float:
+        return next((self.cost(w) for w in self.widths if w > count), float("inf")) if count else 1.0
+
+
+def _products(rates: Iterator[float] | map[float]) -> Iterator[float]:
+    """Of the first, the first two, and so on."""
+    here = 1.0
+    for rate in rates:
+        here *= rate
+        yield here
+
+
+def _more(so_far: float, rate: float, count: int) -> float:
+    """Tokens that ``count`` more bring, each right with ``rate``, behind some that are right with ``so_far``."""
+    return so_far * sum(rate**i for i in range(1, count + 1))

@@ -22,6 +22,7 @@ class SpeculationStats:
         calls, seconds: of the full model, by tokens of each row; seconds with all that belongs to a call.
         drafted, accepted: tokens that were judged, and those among them that came.
         drafting: seconds in which drafts were made.
+        steps: of models, to make drafts.
         plain: why nothing was drafted, if so.
     """
 
@@ -30,6 +31,7 @@ class SpeculationStats:
     drafted: int = 0
     accepted: int = 0
     drafting: float = 0.0
+    steps: int = 0
     plain: str | None = None
 
     def note(self, width: int, seconds: float, drafting: float) -> None:
@@ -48,7 +50,8 @@ class Speculation:
     """How ``skipc.generate`` speculates.
 
     Args:
-        draft: what proposes tokens; :class:`PromptLookup` by default.
+        draft: what proposes tokens; :class:`PromptLookup` by default. Several are asked in turns: look-ups always, and
+            models (:class:`SelfDraft`) where one promises more than look-ups do, and more than the other models.
         widths: how many tokens of each row calls of the full model may take that judge drafts; each is compiled when it
             is first used. None: two that suit the batch.
 
@@ -56,10 +59,12 @@ class Speculation:
         stats: of the last request.
     """
 
-    def __init__(self, draft: Draft | None = None, widths: Sequence[int] | None = None):
+    def __init__(self, draft: Draft | Sequence[Draft] | None = None, widths: Sequence[int] | None = None):
         if widths is not None and (not widths or any(not isinstance(w, int) or w < 2 for w in widths)):
             raise ConfigError(f"widths of calls that judge drafts are 2 or more, got {widths!r}")
-        self.draft = draft or PromptLookup()
+        self.drafts: tuple[Draft, ...] = tuple(draft) if isinstance(draft, Sequence) else (draft or PromptLookup(),)
+        if not self.drafts:
+            raise ConfigError("speculation needs a draft")
         self.widths = tuple(widths) if widths is not None else None
         self.stats = SpeculationStats()
 
