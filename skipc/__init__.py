@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from skipc.adapters.bank import AdapterBank
     from skipc.adapters.router import AdapterRouter
     from skipc.calibration.calibrate import calibrate
+    from skipc.calibration.drafting import FoundDraft, find_draft
     from skipc.calibration.profile import Profile
     from skipc.explanation import Explanation, explain, find_sites
     from skipc.ir.config import Config, list_options
@@ -68,6 +69,7 @@ _HOME = {
     "skipc.adapters.bank": ["AdapterBank"],
     "skipc.adapters.router": ["AdapterRouter"],
     "skipc.calibration.calibrate": ["calibrate"],
+    "skipc.calibration.drafting": ["FoundDraft", "find_draft"],
     "skipc.calibration.profile": ["Profile"],
     "skipc.explanation": ["Explanation", "explain", "find_sites"],
     "skipc.ir.config": ["Config", "list_options"],
@@ -100,12 +102,13 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AdaSkip", "Adapter", "AdapterBank", "AdapterError", "AdapterRouter", "Affine", "AlreadyCompiledError", "Call",
     "CompiledModel", "Config", "ConfigError", "Draft", "EarlyExit", "Explanation", "FFNSkip", "FallbackError",
-    "GateTable", "Lagged", "LoRA", "LowRank", "ModelDraft", "NoResidualStreamError", "Observe", "PassError", "Plan",
-    "PlanError", "Policy", "PredictionExit", "Profile", "ProfileError", "PromptLookup", "Proposal", "Reason",
-    "Rejection", "Route", "Routed", "SelfDraft", "Session", "SessionError", "SessionStats", "SessionThreadError",
-    "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Speculation", "SpeculationStats", "Static",
-    "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile", "explain", "find_sites",
-    "generate", "generation_mode", "list_options", "merge_adapters", "package", "session",
+    "FoundDraft", "GateTable", "Lagged", "LoRA", "LowRank", "ModelDraft", "NoResidualStreamError", "Observe",
+    "PassError", "Plan", "PlanError", "Policy", "PredictionExit", "Profile", "ProfileError", "PromptLookup",
+    "Proposal", "Reason", "Rejection", "Route", "Routed", "SelfDraft", "Session", "SessionError", "SessionStats",
+    "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Speculation",
+    "SpeculationStats", "Static", "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile",
+    "explain", "find_draft", "find_sites", "generate", "generation_mode", "list_options", "merge_adapters", "package",
+    "session",
 ]  # fmt: skip
 
 

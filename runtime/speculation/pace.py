@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from skipc.runtime.speculation.drafts import Proposal
@@ -142,7 +142,7 @@ class Pace:
             known, cost = self._models[model], self.cost_of_drafting(model)
             if cost is None:
                 return model
-            gain = self._promise(known.rate.value, cost, most)
+            gain = promise(known.rate.value, cost, self._cost_of_judging, most)[0]
             if gain > best:
                 best, chosen = gain, model
         if chosen is not None:
@@ -159,7 +159,7 @@ class Pace:
             return False
         if cost is None:
             return True
-        worth = max(1.0, self._promise(known.rate.value, cost, most))
+        worth = max(1.0, promise(known.rate.value, cost, self._cost_of_judging, most)[0])
         so_far = [list(_products(map(self.rate, row))) for row in kinds]
 
         def value(count: int) -> float:
@@ -168,12 +168,20 @@ class Pace:
 
         return max(value(n) for n in range(made + 1, most)) > value(made)
 
-    def _promise(self, rate: float, cost: float, most: int) -> float:
-        """Tokens in the time of a plain step, at the best length of drafts."""
-        return max((1 + _more(1.0, rate, n)) / (self._cost_of_judging(n) + cost * n) for n in range(1, max(2, most)))
-
     def _cost_of_judging(self, count: int) -> float:
         return next((self.cost(w) for w in self.widths if w > count), float("inf")) if count else 1.0
+
+
+def promise(rate: float, cost: float, judging: Callable[[int], float], most: int) -> tuple[float, int]:
+    """Tokens in the time of a plain step, and drafted tokens of each row in a call: at the best length, fewer than
+    ``most`` (Leviathan et al., arXiv 2211.17192, section 3.3).
+
+    Args:
+        rate: how often a drafted token is right, given that those before it were.
+        cost: of drafting one, in plain steps.
+        judging: cost of a call that judges so many drafted tokens, in plain steps.
+    """
+    return max(((1 + _more(1.0, rate, n)) / (judging(n) + cost * n), n) for n in range(1, max(2, most)))
 
 
 def _products(rates: Iterator[float] | map[float]) -> Iterator[float]:
