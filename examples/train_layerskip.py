@@ -2,9 +2,9 @@
 
 LayerSkip's recipe (arXiv 2404.16710): later layers are dropped at random, more often the later they are and the longer
 training goes on, and the head that all layers share learns to read each of them. The text is the source code that comes
-with Python; some of its files are kept back for what is measured at the end. Then, with the model frozen, an adapter at
-half depth learns to say what the whole model says (a plan: the layers behind are left out, but for one map of low rank),
-and a router learns which tokens need the layers behind.
+with Python; some of its files are kept back for what is measured at the end. Then, with the model frozen, an adapter
+behind a quarter of the layers learns to say what the whole model says (a plan: the layers behind are left out, but for
+one map of low rank), and a router learns which tokens need the upper half.
 
 Training takes 12 minutes on two cores, and goes on where it stopped if it is interrupted.
 
@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import skipc
 from skipc.calibration.batches import Batch
 from skipc.calibration.distillation import distill
+from skipc.ir.site import Source
 
 VOCABULARY, TOKENS, ROWS = 2048, 256, 16
 DROP, EXIT = 0.1, 1.0  # LayerSkip's p_max and e_scale
@@ -57,8 +58,10 @@ def tokens_of(folder: Path) -> tuple[PreTrainedTokenizerFast, torch.Tensor, torc
         made = Tokenizer(models.BPE())
         made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        made.train_from_iterator(seen.splitlines(keepends=True), trainers.BpeTrainer(
-            vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=["<end>"], show_progress=False))  # fmt: skip
+        trainer = trainers.BpeTrainer(
+            vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=["<end>"], show_progress=False
+        )
+        made.train_from_iterator(seen.splitlines(keepends=True), trainer)
         PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>").save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     made = tokenizer.backend_tokenizer
@@ -74,20 +77,21 @@ def drawn(tokens: torch.Tensor, rows: int, length: int, draw: random.Random) -> 
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def new_model() -> LlamaForCausalLM:
-    """10 million parameters in 12 layers."""
+def new_model(layers: int = 12, width: int = 256) -> LlamaForCausalLM:
+    """A llama, by default of 10 million parameters."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=12, num_attention_heads=4,
-            max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+            vocab_size=VOCABULARY, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers,
+            num_attention_heads=width // 64, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+            eos_token_id=0, pad_token_id=0,
         )
     )  # fmt: skip
 
 
 def losses(model: LlamaForCausalLM, ids: torch.Tensor, done: float, exit_at: int, draw: random.Random) -> torch.Tensor:
-    """The loss of one step: of the last layer and of the exit behind layer ``exit_at``, weighted as section 4.1.2 of the
-    paper has it; ``done`` is the share of the training that has passed."""
+    """The loss of one step: of the last layer and of the exit behind layer ``exit_at``, weighted as in section 4.1.2 of
+    the paper; ``done`` is the share of the training that has passed."""
     body, depth = model.model, model.config.num_hidden_layers
     stream = body.embed_tokens(ids)
     positions = torch.arange(ids.shape[1])[None]
@@ -145,19 +149,21 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, minutes: float, folder:
 # -- what the policies of skipc take ----------------------------------------------------------------------------------
 
 
-def train_adapter(model: LlamaForCausalLM, depth: int, batches: list[torch.Tensor], file: Path) -> skipc.Plan:
+def train_adapter(
+    model: LlamaForCausalLM, depth: int, batches: list[torch.Tensor], file: Path, steps: int = 120
+) -> skipc.Plan:
     """An exit behind ``depth`` layers through one map of low rank, trained to say what the whole model says."""
     sites = skipc.find_sites(model, batches[0][:1, :16]).sites
     behind = [s for s in sites if s.layer >= depth]
     last = next(s for s in behind if s.kind == "mlp")
     width = model.config.hidden_size
     skip = [s.name for s in behind if s is not last]
-    source = skipc.Source(f"model.layers.{depth}.post_attention_layernorm", True, width)
+    source = Source(f"model.layers.{depth}.post_attention_layernorm", True, width)
     if file.exists():
         return skipc.Plan(skip, replace={last.name: skipc.LowRank(source, **load_file(file))})
     start = {"down": torch.randn(RANK, width) / width**0.5, "up": torch.zeros(width, RANK), "shift": torch.zeros(width)}
     plan = skipc.Plan(skip, replace={last.name: skipc.LowRank(source, **start)})
-    plan = distill(model, plan, [Batch({"input_ids": b}) for b in batches], steps=120, rate=2e-3)
+    plan = distill(model, plan, [Batch({"input_ids": b}) for b in batches], steps, rate=2e-3)
     save_file(plan.replace[last.name].tensors, file)
     return plan
 
@@ -248,7 +254,9 @@ def measure_router(model: LlamaForCausalLM, router: torch.nn.Linear, depth: int,
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--folder", type=Path, default=Path("layerskip"), help="for the model and what is unfinished")
+    arguments.add_argument(
+        "--folder", type=Path, default=Path("layerskip"), help="for the model and what is unfinished"
+    )
     arguments.add_argument("--minutes", type=float, default=12.0, help="of training, over all runs together")
     arguments.add_argument("--threads", type=int, default=2)
     given = arguments.parse_args()
@@ -263,7 +271,7 @@ def main() -> None:
     batches = [drawn(seen, 8, TOKENS, random.Random(-1 - i)) for i in range(40)]
     plan = train_adapter(model, half // 2, batches, given.folder / "exit.safetensors")
     router = train_router(model, half, batches, given.folder / "router.safetensors")
-    drafts = {f"{d} of 12 layers": skipc.SelfDraft(depth=d) for d in (1, 2, 3, 4, half)}
+    drafts = {f"{d} of {2 * half} layers": skipc.SelfDraft(depth=d) for d in (1, 2, 3, 4, half)}
     measure(model, unseen, {**drafts, f"{half // 2} and the adapter": skipc.SelfDraft(plan)})
     measure_router(model, router, half, unseen)
 

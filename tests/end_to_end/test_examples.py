@@ -2,15 +2,70 @@
 
 from __future__ import annotations
 
+import math
+import random
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+import skipc
+
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted(p for p in FOLDER.glob("*.py") if p.stem != "train_layerskip")  # that one takes minutes: see below
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(path), run_name="__main__")
     assert "skipped" in capsys.readouterr().out
+
+
+class TestTrainLayerSkip:
+    """A small model, and text that says the same again and again."""
+
+    @pytest.fixture(scope="class")
+    def example(self) -> Any:
+        return runpy.run_path(str(FOLDER / "train_layerskip.py"))
+
+    @pytest.fixture(scope="class")
+    def text(self) -> torch.Tensor:
+        return torch.randint(1, 2048, (40,), generator=torch.Generator().manual_seed(0)).repeat(60)
+
+    @pytest.fixture(scope="class")
+    def model(self, example: Any, text: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Any:
+        """After a training that was interrupted and went on."""
+        folder, model = tmp_path_factory.mktemp("layerskip"), example["new_model"](4, 64)
+        example["train"](model, text, 0.05, folder)
+        half = model.lm_head.weight.detach().clone()
+        again = example["new_model"](4, 64)
+        example["train"](again, text, 0.25, folder)
+        assert torch.load(folder / "training.pt")["state"]["seconds"] >= 15
+        assert not torch.equal(again.lm_head.weight, half)
+        return again.eval()
+
+    def test_dropped_layers_and_exits(self, example: Any, text: torch.Tensor) -> None:
+        model, ids = example["new_model"](4, 64), text[None, :32]
+        before = example["losses"](model, ids, 0.0, 1, random.Random(0)).item()
+        assert before == pytest.approx(math.log(2048), rel=0.1)
+        logits = model(ids, output_hidden_states=True)
+        early = model.lm_head(model.model.norm(logits.hidden_states[2]))
+        parts = [torch.nn.functional.cross_entropy(a[0, :-1], ids[0, 1:]).item() for a in (early, logits.logits)]
+        weights = (1.0, 3 + 3.0)  # of the exit behind layer 1, and of layer 3: LayerSkip, section 4.1.2
+        assert before == pytest.approx((weights[0] * parts[0] + weights[1] * parts[1]) / sum(weights), rel=1e-4)
+
+    def test_what_was_trained_drafts(self, example: Any, model: Any, text: torch.Tensor, tmp_path: Path,
+                                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+        batches = [text[i : i + 96].view(2, 48) for i in range(6)]
+        plan = example["train_adapter"](model, 1, batches, tmp_path / "exit.safetensors", steps=8)
+        kept = example["train_adapter"](model, 1, batches, tmp_path / "exit.safetensors")
+        assert plan.skip == kept.skip
+        assert all(torch.equal(a, b) for a, b in zip(plan.trained.values(), kept.trained.values(), strict=True))
+        router = example["train_router"](model, 2, batches, tmp_path / "router.safetensors")
+        example["measure"](model, text, {"half": skipc.SelfDraft(depth=2), "adapter": skipc.SelfDraft(plan)}, new=24)
+        example["measure_router"](model, router, 2, text)
+        said = capsys.readouterr().out
+        assert "half" in said
+        assert said.count("router, threshold") == 3
