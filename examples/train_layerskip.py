@@ -33,8 +33,9 @@ from skipc.calibration.batches import Batch
 from skipc.calibration.distillation import distill
 from skipc.ir.site import Source
 
-VOCABULARY, TOKENS, ROWS = 2048, 256, 16
-DROP, EXIT = 0.1, 1.0  # LayerSkip's p_max and e_scale
+VOCABULARY, TOKENS, ROWS = 512, 256, 4
+DROP = 0.1  # LayerSkip's p_max
+EXIT = 0.5  # what an exit counts beside the last layer
 RATE = 3e-3
 RANK = 64  # of the adapter
 
@@ -90,60 +91,79 @@ def new_model(layers: int = 12, width: int = 256) -> LlamaForCausalLM:
 
 
 def losses(model: LlamaForCausalLM, ids: torch.Tensor, done: float, exit_at: int, draw: random.Random) -> torch.Tensor:
-    """The loss of one step: of the last layer and of the exit behind layer ``exit_at``, weighted as in section 4.1.2 of
-    the paper; ``done`` is the share of the training that has passed."""
+    """The loss of one step: of the last layer and of the exit behind layer ``exit_at``; ``done`` is the share of the
+    training that has passed. What an exit says is compared with the text, as in the paper, and as much with what the
+    last layer says: agreeing with that is all that a draft is for. (The paper also gives early exits less weight than
+    late ones, which here would spoil the cheap drafts.)"""
     body, depth = model.model, model.config.num_hidden_layers
     stream = body.embed_tokens(ids)
     positions = torch.arange(ids.shape[1])[None]
     rotary = body.rotary_emb(stream, positions)
-    weights, found = [], []
+    said = {}
     for i, layer in enumerate(body.layers):
-        grown = (2 ** (i / (depth - 1)) - 1) * (2**done - 1)
+        grown = (2 ** (i / (depth - 1)) - 1) * (2**done - 1)  # D(l) and S(t) of section 4.1.1
         if draw.random() >= DROP * grown:
             stream = layer(stream, attention_mask=None, position_ids=positions, position_embeddings=rotary)
         if i in (exit_at, depth - 1):
-            logits = model.lm_head(body.norm(stream[:, :-1]))
-            found.append(F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()))
-            last = i == depth - 1
-            weights.append(depth - 1 + EXIT * (i - 1) * i / 2 if last else EXIT * i * (i + 1) / 2)
-    return sum(w * loss for w, loss in zip(weights, found, strict=True)) / sum(weights)
+            said[i] = model.lm_head(body.norm(stream[:, :-1])).float().flatten(0, 1)
+    early, last, text = said[exit_at], said[depth - 1], ids[:, 1:].flatten()
+    early_loss = (F.cross_entropy(early, text) + F.cross_entropy(early, last.detach().softmax(-1))) / 2
+    return (F.cross_entropy(last, text) + EXIT * early_loss) / (1 + EXIT)
 
 
-def train(model: LlamaForCausalLM, tokens: torch.Tensor, minutes: float, folder: Path) -> None:
-    """Train for so long, over all runs together; the state goes to ``folder`` each minute."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' weights, which learns as much in half the steps, and Adam for the rest."""
+    weights = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if all(p is not w for w in weights)]
+    return [
+        torch.optim.Muon(weights, lr=RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def train(model: LlamaForCausalLM, tokens: torch.Tensor, minutes: float, folder: Path) -> LlamaForCausalLM:
+    """The model, trained for so long, over all runs together; the state goes to ``folder`` each minute."""
+    both = optimizers(model)
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)  # one graph serves all of them
     state = {"seconds": 0.0, "step": 0}
     file = folder / "training.pt"
     if file.exists():
         saved = torch.load(file)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, kept in zip(both, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         state = saved["state"]
         print(f"goes on at step {state['step']}, after {state['seconds'] / 60:.1f} minutes")
-    kept = last = time.perf_counter()
+    written = last = time.perf_counter()
     shown: list[float] = []
     while state["seconds"] < 60 * minutes:
         draw = random.Random(state["step"])
         done = state["seconds"] / (60 * minutes)
-        for group in optimizer.param_groups:
+        for group in (g for optimizer in both for g in optimizer.param_groups):
             group["lr"] = RATE * min(1, (state["step"] + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         exit_at = state["step"] % (model.config.num_hidden_layers - 1)  # the curriculum C_rot: one exit after the other
         with torch.autocast("cpu", torch.bfloat16):
             loss = losses(model, drawn(tokens, ROWS, TOKENS, draw), done, exit_at, draw)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in both:
+            optimizer.step()
         now = time.perf_counter()
         state = {"seconds": state["seconds"] + now - last, "step": state["step"] + 1}
         last = now
         shown.append(loss.item())
-        if now - kept > 60 or state["seconds"] >= 60 * minutes:
+        if now - written > 60 or state["seconds"] >= 60 * minutes:
             print(f"{state['seconds'] / 60:5.1f} minutes, step {state['step']}: loss {statistics.mean(shown):.3f}")
-            kept, shown = now, []
+            written, shown = now, []
             part = file.with_suffix(".part")
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, part)
+            torch.save({"model": model.state_dict(), "state": state,
+                        "optimizers": [optimizer.state_dict() for optimizer in both]}, part)  # fmt: skip
             part.rename(file)
+    plain = LlamaForCausalLM(model.config).eval()  # without layers that are compiled for training
+    plain.load_state_dict(model.state_dict())
+    return plain
 
 
 # -- what the policies of skipc take ----------------------------------------------------------------------------------
@@ -264,9 +284,8 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     _, seen, unseen = tokens_of(given.folder)
     print(f"{len(seen)} tokens to train on, {len(unseen)} to judge by")
-    model = new_model()
-    train(model, seen, given.minutes, given.folder)
-    model.eval().save_pretrained(given.folder)
+    model = train(new_model(), seen, given.minutes, given.folder)
+    model.save_pretrained(given.folder)
     half = model.config.num_hidden_layers // 2
     batches = [drawn(seen, 8, TOKENS, random.Random(-1 - i)) for i in range(40)]
     plan = train_adapter(model, half // 2, batches, given.folder / "exit.safetensors")
