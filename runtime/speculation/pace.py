@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from skipc.runtime.speculation.drafts import Proposal
@@ -36,11 +36,36 @@ class Rate:
         self.value += max(_WEIGHT, 1 / self.seen) * (right - self.value)
 
 
+class Times:
+    """Seconds of something, the last ones."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=_KEPT)
+        self._median: float | None = None
+
+    def note(self, seconds: float) -> None:
+        """Once more."""
+        self._last.append(seconds)
+        self._median = None
+
+    @property
+    def known(self) -> bool:
+        """Whether there are enough to go by."""
+        return len(self._last) >= _ENOUGH
+
+    @property
+    def median(self) -> float:
+        """Of the last ones. (Kept: it is asked for at each token, some ten times.)"""
+        if self._median is None:
+            self._median = statistics.median(self._last)
+        return self._median
+
+
 @dataclass
 class _Model:
     """What is known of a model that drafts."""
 
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))  # of a token, where calls were proven
+    seconds: Times = field(default_factory=Times)  # of a token, where calls were proven
     rate: Rate = field(default_factory=lambda: Rate(0.8, 4))  # of all its tokens
     wait: int = _WAIT
     due: int = 0  # the call at which it may be tried again, though it does not pay
@@ -59,7 +84,7 @@ class Pace:
 
     def __init__(self, widths: Sequence[int]):
         self.widths = tuple(sorted(widths))
-        self._seconds: dict[int, deque[float]] = {w: deque(maxlen=_KEPT) for w in self.widths}
+        self._seconds = {w: Times() for w in self.widths}
         self._rates: defaultdict[Hashable, Rate] = defaultdict(Rate)
         self._models: defaultdict[Hashable, _Model] = defaultdict(_Model)
         self._calls = 0
@@ -69,7 +94,7 @@ class Pace:
 
     def took(self, width: int, seconds: float) -> None:
         """A call of this width took so long, without what drafting took."""
-        self._seconds[width].append(seconds)
+        self._seconds[width].note(seconds)
         self._calls += 1
         self._since = 0 if width == 1 else self._since + 1
 
@@ -85,7 +110,7 @@ class Pace:
         """A model drafted so many tokens of each row; None if the time says nothing."""
         known = self._models[model]
         if seconds is not None:
-            known.seconds.append(seconds / tokens)
+            known.seconds.note(seconds / tokens)
         known.due = self._calls + known.wait
         known.wait = min(2 * known.wait, _LONGEST_WAIT)
 
@@ -98,16 +123,16 @@ class Pace:
     def cost(self, width: int) -> float:
         """Of a call of this width, in plain steps; a guess while nothing is known."""
         plain, wide = self._seconds[1], self._seconds[width]
-        if not plain or len(wide) < _ENOUGH:
+        if not plain.known or not wide.known:
             return 1 + 0.04 * (width - 1)
-        return statistics.median(wide) / statistics.median(plain)
+        return wide.median / plain.median
 
     def cost_of_drafting(self, model: Hashable) -> float | None:
         """Of one token of each row, in plain steps; None while nothing is known."""
         known = self._models[model]
-        if len(known.seconds) < _ENOUGH or not self._seconds[1]:
+        if not known.seconds.known or not self._seconds[1].known:
             return None
-        return statistics.median(known.seconds) / statistics.median(self._seconds[1])
+        return known.seconds.median / self._seconds[1].median
 
     def expected(self, proposal: Proposal, width: int) -> float:
         """Tokens that a call of this width brings a row, by how often such proposals were right."""
@@ -118,7 +143,7 @@ class Pace:
     @property
     def plain_is_due(self) -> bool:
         """Whether plain steps need to be timed."""
-        return len(self._seconds[1]) < _ENOUGH or self._since >= _AGAIN
+        return not self._seconds[1].known or self._since >= _AGAIN
 
     def choose(self, proposals: Sequence[Proposal], most: int) -> tuple[int, float]:
         """The width of the next call, at most ``most`` if it is more than one, given what is proposed for each row that
@@ -184,7 +209,7 @@ def promise(rate: float, cost: float, judging: Callable[[int], float], most: int
     return max(((1 + _more(1.0, rate, n)) / (judging(n) + cost * n), n) for n in range(1, max(2, most)))
 
 
-def _products(rates: Iterator[float] | map[float]) -> Iterator[float]:
+def _products(rates: Iterable[float]) -> Iterator[float]:
     """Of the first, the first two, and so on."""
     here = 1.0
     for rate in rates:
