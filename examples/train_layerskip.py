@@ -25,17 +25,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import skipc
 from skipc.calibration.batches import Batch
 from skipc.calibration.distillation import distill
 from skipc.ir.site import Source
 
-VOCABULARY, TOKENS, ROWS = 512, 256, 4
-DROP = 0.1  # LayerSkip's p_max
-EXIT = 0.5  # what an exit counts beside the last layer
+TOKENS, ROWS = 256, 4
+DROP = 0.2  # LayerSkip's p_max
+EXIT = 1.0  # what an exit counts beside the last layer
 RATE = 3e-3
 RANK = 64  # of the adapter
 
@@ -51,22 +50,9 @@ def sources() -> tuple[str, str]:
     return "".join(t for i, t in enumerate(texts) if i % 12), "".join(texts[::12])
 
 
-def tokens_of(folder: Path) -> tuple[PreTrainedTokenizerFast, torch.Tensor, torch.Tensor]:
-    """A tokenizer, what to train on, and what not to: int64 ``[tokens]`` both."""
-    seen, unseen = sources()
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=["<end>"], show_progress=False
-        )
-        made.train_from_iterator(seen.splitlines(keepends=True), trainer)
-        PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>").save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    made = tokenizer.backend_tokenizer
-    return tokenizer, *(torch.tensor(made.encode(text).ids) for text in (seen, unseen))
+def tokens_of(text: str) -> torch.Tensor:
+    """Its bytes, which are this model's tokens: int64 ``[tokens]``."""
+    return torch.tensor(list(text.encode("utf-8", errors="ignore")))
 
 
 def drawn(tokens: torch.Tensor, rows: int, length: int, draw: random.Random) -> torch.Tensor:
@@ -83,7 +69,7 @@ def new_model(layers: int = 12, width: int = 256) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers,
+            vocab_size=256, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers,
             num_attention_heads=width // 64, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
             eos_token_id=0, pad_token_id=0,
         )
@@ -142,7 +128,7 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, minutes: float, folder:
         done = state["seconds"] / (60 * minutes)
         for group in (g for optimizer in both for g in optimizer.param_groups):
             group["lr"] = RATE * min(1, (state["step"] + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        exit_at = state["step"] % (model.config.num_hidden_layers - 1)  # the curriculum C_rot: one exit after the other
+        exit_at = state["step"] % (model.config.num_hidden_layers // 2)  # one after the other: the curriculum C_rot
         with torch.autocast("cpu", torch.bfloat16):
             loss = losses(model, drawn(tokens, ROWS, TOKENS, draw), done, exit_at, draw)
         model.zero_grad()
@@ -223,12 +209,12 @@ def exits(model: LlamaForCausalLM, ids: torch.Tensor, depth: int) -> tuple[torch
 
 
 @torch.no_grad()
-def measure(model: LlamaForCausalLM, unseen: torch.Tensor, drafts: dict[str, skipc.SelfDraft], new: int = 128) -> None:
+def measure(model: LlamaForCausalLM, unseen: torch.Tensor, drafts: dict[str, skipc.SelfDraft], new: int = 192) -> None:
     """Print for each draft how often it says what the whole model does, and what time it saves, on text that was not
     trained on."""
     compiled = skipc.compile(model, fullgraph=True, on_error="raise")
     draw = random.Random(0)
-    prompts = [drawn(unseen, 1, 64, draw) for _ in range(12)]
+    prompts = [drawn(unseen, 1, 64, draw) for _ in range(16)]
     texts = [drawn(unseen, 8, TOKENS, draw) for _ in range(8)]
     truth = [compiled(t).logits.argmax(-1) for t in texts]
     print(f"{'draft':>24} {'agrees':>8} {'accepted':>9} {'plain / speculative':>20} {'tokens a call':>14}")
@@ -255,19 +241,20 @@ def measure(model: LlamaForCausalLM, unseen: torch.Tensor, drafts: dict[str, ski
 @torch.no_grad()
 def measure_router(model: LlamaForCausalLM, router: torch.nn.Linear, depth: int, unseen: torch.Tensor) -> None:
     """Print how many tokens a router sends past the layers behind ``depth``, and how many next tokens stay the same."""
+    text = drawn(unseen, 8, TOKENS, random.Random(1))
+    stream, _ = exits(model, text, depth)
+    behind = [s.name for s in skipc.find_sites(model, text[:, :16]).sites if s.layer >= depth]
     compiled = skipc.compile(model, fullgraph=True, on_error="raise")
-    behind = [s.name for s in skipc.find_sites(model, unseen[None, :16]).sites if s.layer >= depth]
 
     def score(stream: torch.Tensor) -> torch.Tensor:
         return router(stream / stream.pow(2).mean(-1, keepdim=True).sqrt()).sigmoid()
 
     routers: dict[str, Any] = {behind[0]: score, **dict.fromkeys(behind[1:], behind[0])}
-    text = drawn(unseen, 8, TOKENS, random.Random(1))
     truth = compiled(text).logits.argmax(-1)
     for threshold in (0.2, 0.35, 0.5):
         with compiled.session(policy=skipc.Routed(routers, threshold)):
             same = (compiled(text).logits.argmax(-1) == truth).float().mean()
-        left = (score(model(text, output_hidden_states=True).hidden_states[depth]) <= threshold).float().mean()
+        left = (score(stream) <= threshold).float().mean()
         print(f"router, threshold {threshold}: {left:.0%} of the tokens leave behind layer {depth}, "
               f"{same:.1%} of the next tokens stay the same")  # fmt: skip
 
@@ -282,8 +269,8 @@ def main() -> None:
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     given.folder.mkdir(parents=True, exist_ok=True)
-    _, seen, unseen = tokens_of(given.folder)
-    print(f"{len(seen)} tokens to train on, {len(unseen)} to judge by")
+    seen, unseen = map(tokens_of, sources())
+    print(f"{len(seen)} bytes to train on, {len(unseen)} to judge by")
     model = train(new_model(), seen, given.minutes, given.folder)
     model.save_pretrained(given.folder)
     half = model.config.num_hidden_layers // 2

@@ -7,6 +7,7 @@ tensors, and leave every plain attribute of the model and its cache as it was; a
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -88,6 +89,7 @@ class Replay:
         self._owners = [*owners, *model.modules()]
         self._watch: ModelWatch | None = None
         self._last: tuple[Any, tuple[Any, ...], int] | None = None
+        self._earlier: tuple[Any, tuple[Any, ...], int] | None = None  # the last before something outside ran
         self._repeated: Any = None
         self._before: Any = None  # what was repeated before it had to be proven anew
         self.refused: str | None = None
@@ -109,8 +111,10 @@ class Replay:
         return self._repeated is not None
 
     def forget(self) -> None:
-        """Prove anew at the next two steps: something outside has run since."""
-        self._repeated, self._last = None, None
+        """Prove anew, since something outside has run: by one call through Dynamo, if it hands the program what one
+        did before, otherwise by two."""
+        self._repeated = None
+        self._earlier, self._last = self._last or self._earlier, None
 
     def _guarded(self) -> torch.Tensor:
         if self.refused:
@@ -120,7 +124,8 @@ class Replay:
         with recording() as calls:
             result = self._result(self._call())
         now, why = self._single(calls, result)
-        if now is not None and self._last is not None and _same(now, self._last):
+        last = self._last or self._earlier
+        if now is not None and last is not None and _same(now, last):
             if _plain_state(self._owners) == before:
                 program, inputs, _ = now
                 self._repeated = self._again(program, inputs)
@@ -164,12 +169,20 @@ def _same(a: tuple[Any, tuple[Any, ...], int], b: tuple[Any, tuple[Any, ...], in
 
 
 def _plain_state(owners: Iterable[object]) -> list[Any]:
-    """Numbers, strings and flags in the attributes of ``owners``, and which tensors they hold."""
+    """Numbers, strings and flags in the attributes of ``owners``, and which tensors they hold. (A model has thousands
+    of attributes, and this is asked for at each proof: so known types are told apart before instances are.)"""
     state: list[Any] = []
     for owner in owners:
         for name, value in vars(owner).items():
-            if value is None or isinstance(value, bool | int | float | str):
+            kind = type(value)
+            if kind in _OTHERS:
+                continue
+            if kind in _PLAIN or isinstance(value, _PLAIN):
                 state.append((name, value))
             elif isinstance(value, torch.Tensor):
                 state.append((name, id(value)))
     return state
+
+
+_PLAIN = (bool, int, float, str, type(None))
+_OTHERS = frozenset({dict, OrderedDict, set, list, tuple})

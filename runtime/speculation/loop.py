@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from skipc.runtime.speculation.accepting import greedy, sampled
 from skipc.runtime.speculation.drafts import Draft, ModelDraft, Proposal
 from skipc.runtime.speculation.pace import Pace
 from skipc.runtime.speculation.settings import SpeculationStats
+
+_UNPROVEN = 2  # calls under a plan that look at what they are given, before they are repeated
 
 
 class Request:
@@ -38,7 +41,9 @@ class Request:
     ):
         self.decoder, self.rules, self.pace, self.stats = decoder, rules, pace, stats
         self.drafts = drafts
-        self.models = [d for d in drafts if isinstance(d, ModelDraft)]
+        self.models = {d.key: d for d in drafts if isinstance(d, ModelDraft)}
+        self.lookups = [(i, d) for i, d in enumerate(drafts) if not isinstance(d, ModelDraft)]
+        self.asked: Counter[Hashable] = Counter()  # models, how often
         skipped = [0] * len(prompts) if mask is None else (mask == 0).sum(1).tolist()
         self.padding = [row[:n] for row, n in zip(prompts.tolist(), skipped, strict=True)]  # which processors see, too
         self.known = [row[n:] for row, n in zip(prompts.tolist(), skipped, strict=True)]
@@ -47,7 +52,7 @@ class Request:
         self.positions, self.vocabulary = _positions(decoder.model.config), logits.shape[-1]
         self.shown = 0
         self.stopped = False
-        for model in self.models:
+        for model in self.models.values():
             model.attach(decoder, functools.partial(self._goes_on, model), rules.watched)
         for draft in drafts:
             draft.start(self.known)
@@ -88,24 +93,22 @@ class Request:
         room = self.positions - max(map(len, self.known))
         most = [min(max(self.pace.widths), self._left(i)) - 1 if runs else 0 for i, runs in enumerate(self.running)]
         width, gain, proposals = 1, 1.0, [Proposal() for _ in most]
-        for i, draft in enumerate(self.drafts):
-            if isinstance(draft, ModelDraft):
-                continue
+        for i, draft in self.lookups:
             made = self._asked(draft, most, i)
             chosen, promised = self.pace.choose(self._of_running(made), room)
             if promised > gain or not any(p.tokens for p in proposals):
                 width, gain, proposals = chosen, promised, made
         self._width = min(room, max(most) + 1)
-        key = self.pace.choose_model([model.key for model in self.models], self._width, gain)
-        model = next((m for m in self.models if m.key == key), None) if key is not None else None
-        if model is None:
+        key = self.pace.choose_model(self.models, self._width, gain) if self.models else None
+        if key is None:
             return width, proposals, None
-        proposals = self._timed(model, most)
+        proposals = self._timed(self.models[key], most)
         return self.pace.choose(self._of_running(proposals), room)[0], proposals, key
 
     def _timed(self, model: ModelDraft, most: Sequence[int]) -> list[Proposal]:
         """What a model says."""
-        begin, ready = time.perf_counter(), self.decoder.ready(1)
+        begin, ready = time.perf_counter(), self.decoder.ready(1) and self.asked[model.key] >= _UNPROVEN
+        self.asked[model.key] += 1
         proposals = self._asked(model, most, model.key)
         steps = max(len(p.tokens) for p in proposals)
         self.stats.steps += steps

@@ -157,7 +157,7 @@ class Pace:
                 best, chosen = gain, width
         return chosen, best if chosen > 1 else 1.0
 
-    def choose_model(self, models: Sequence[Hashable], most: int, otherwise: float) -> Hashable | None:
+    def choose_model(self, models: Iterable[Hashable], most: int, otherwise: float) -> Hashable | None:
         """Which model drafts for the next call, of width ``most`` at most, if one does: the one that promises most, and
         more than ``otherwise`` does; or one of which too little is known."""
         if self.plain_is_due or all(w > most for w in self.widths[1:]):

@@ -101,7 +101,7 @@ class SelfDraft:
                 logits = decoder.decode(token, watched)
                 watched = False  # no code but this runs in between
                 token = logits.argmax(-1)
-                for (tokens, kinds), t, kind in zip(made, token.tolist(), _kinds(logits, token), strict=True):
+                for (tokens, kinds), t, kind in zip(made, token.tolist(), _kinds(logits), strict=True):
                     tokens.append(t)
                     kinds.append(kind)
                 if not self._goes_on([made[i][1] for i in running]):
@@ -109,10 +109,10 @@ class SelfDraft:
         return [Proposal(tokens[:n], kinds[:n]) for (tokens, kinds), n in zip(made, most, strict=True)]
 
 
-def _kinds(logits: torch.Tensor, token: torch.Tensor) -> list[Hashable]:
-    logits = logits.float()
-    likely = (logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)).exp()
-    return [min(int(p * _KINDS), _KINDS - 1) for p in likely.nan_to_num(0.0).tolist()]
+def _kinds(logits: torch.Tensor) -> list[Hashable]:
+    """Of the likeliest token of each row. (``logsumexp`` takes eight times as long as ``softmax``.)"""
+    likely = logits.float().softmax(-1).amax(-1).nan_to_num(0.0)
+    return [min(int(p * _KINDS), _KINDS - 1) for p in likely.tolist()]
 
 
 def _session(model: torch.nn.Module, plan: Plan, kv: KVPolicy) -> Session:

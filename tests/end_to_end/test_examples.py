@@ -31,7 +31,7 @@ class TestTrainLayerSkip:
 
     @pytest.fixture(scope="class")
     def text(self) -> torch.Tensor:
-        return torch.randint(1, 512, (40,), generator=torch.Generator().manual_seed(0)).repeat(60)
+        return torch.randint(1, 256, (40,), generator=torch.Generator().manual_seed(0)).repeat(60)
 
     @pytest.fixture(scope="class")
     def model(self, example: Any, text: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -52,7 +52,7 @@ class TestTrainLayerSkip:
         last, truth = out.logits[0, :-1], ids[0, 1:]
         entropy = torch.nn.functional.cross_entropy
         exit_loss = (entropy(early, truth) + entropy(early, last.softmax(-1))) / 2
-        assert found == pytest.approx((entropy(last, truth) + 0.5 * exit_loss).item() / 1.5, rel=1e-4)
+        assert found == pytest.approx((entropy(last, truth) + exit_loss).item() / 2, rel=1e-4)
         assert len({example["losses"](model, ids, 1.0, 1, random.Random(i)).item() for i in range(30)}) > 3  # dropped
 
     def test_what_was_trained_drafts(self, example: Any, model: Any, text: torch.Tensor, tmp_path: Path,
@@ -62,7 +62,8 @@ class TestTrainLayerSkip:
         kept = example["train_adapter"](model, 1, batches, tmp_path / "exit.safetensors")
         assert plan.skip == kept.skip
         assert all(torch.equal(a, b) for a, b in zip(plan.trained.values(), kept.trained.values(), strict=True))
-        router = example["train_router"](model, 2, batches, tmp_path / "router.safetensors")
+        with torch.enable_grad():
+            router = example["train_router"](model, 2, batches, tmp_path / "router.safetensors")
         example["measure"](model, text, {"half": skipc.SelfDraft(depth=2), "adapter": skipc.SelfDraft(plan)}, new=24)
         example["measure_router"](model, router, 2, text)
         said = capsys.readouterr().out

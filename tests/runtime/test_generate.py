@@ -38,7 +38,7 @@ def test_tokens_of_transformers_without_guards(llama: tuple[Any, Any]) -> None:
         assert torch.equal(skipc.generate(compiled, ids, max_new_tokens=20), expected)
     replay = compiled._decoder.replay
     assert replay.refused is None
-    assert replay.replayed == 2 * (19 - 2)
+    assert replay.replayed == (19 - 2) + (19 - 1)  # a later request is proven by one call
     before = sum(registry._compiled.values())
     skipc.generate(compiled, prompt(length=11), max_new_tokens=20)
     assert sum(registry._compiled.values()) == before, "a third prompt length compiled again"

@@ -356,9 +356,9 @@ class TestPromptLookup:
     def test_rows_are_apart_and_grow(self) -> None:
         draft = skipc.PromptLookup()
         draft.start([[1, 2, 3], [5, 6, 5]])
-        assert [p.tokens for p in draft.propose([3, 2])] == [[], [6, 5]]
+        assert [list(p.tokens) for p in draft.propose([3, 2])] == [[], [6, 5]]
         draft.extend(0, [1, 2])
-        assert [p.tokens for p in draft.propose([3, 0])] == [[3, 1, 2], []]
+        assert [list(p.tokens) for p in draft.propose([3, 0])] == [[3, 1, 2], []]
 
     def test_settings_are_checked(self) -> None:
         with pytest.raises(ValueError, match="shortest"):
