@@ -133,7 +133,7 @@ def _speculated(
     """New tokens, int64 ``[batch, new]``, as many at a time as drafts get right."""
     widths = speculation.widths_for(len(input_ids))
     keys = tuple(getattr(draft, "key", type(draft)) for draft in speculation.drafts)
-    pace = decoder.paces.setdefault((keys, widths, rules.sample), Pace(widths))
+    pace = decoder.paces.setdefault((keys, widths, rules.sample), Pace(widths, len(input_ids)))
     request = Request(decoder, input_ids, mask, logits, rules, speculation.drafts, pace, speculation.stats)
     made = request.run()
     longest = max(map(len, made))

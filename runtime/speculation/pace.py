@@ -14,6 +14,8 @@ _KEPT = 16  # times of each width
 _WEIGHT = 0.05  # of one more token in a rate
 _ENOUGH = 3  # times of a width, before they are believed
 _AGAIN = 48  # after so many calls with drafts a plain one is timed
+_GUESS = 0.04  # of a plain step, for each token more in a call
+_DOUBT = 0.8  # of the least time, while it is not known well
 _SURE = 1.02  # a call with drafts must promise so much more than one without
 _WAIT, _LONGEST_WAIT = 48, 1536  # plain calls until a model that did not pay as a draft is tried again
 
@@ -54,6 +56,11 @@ class Times:
         return len(self._last) >= _ENOUGH
 
     @property
+    def least(self) -> float | None:
+        """Of the last ones, if there are any."""
+        return min(self._last, default=None)
+
+    @property
     def median(self) -> float:
         """Of the last ones. (Kept: it is asked for at each token, some ten times.)"""
         if self._median is None:
@@ -80,10 +87,11 @@ class Pace:
 
     Args:
         widths: of calls, tokens of each row: 1, and more for those that judge drafts.
+        rows: of calls.
     """
 
-    def __init__(self, widths: Sequence[int]):
-        self.widths = tuple(sorted(widths))
+    def __init__(self, widths: Sequence[int], rows: int = 1):
+        self.widths, self.rows = tuple(sorted(widths)), rows
         self._seconds = {w: Times() for w in self.widths}
         self._rates: defaultdict[Hashable, Rate] = defaultdict(Rate)
         self._models: defaultdict[Hashable, _Model] = defaultdict(_Model)
@@ -123,9 +131,11 @@ class Pace:
     def cost(self, width: int) -> float:
         """Of a call of this width, in plain steps; a guess while nothing is known."""
         plain, wide = self._seconds[1], self._seconds[width]
-        if not plain.known or not wide.known:
-            return 1 + 0.04 * (width - 1)
-        return wide.median / plain.median
+        if plain.known and wide.known:
+            return wide.median / plain.median
+        if not plain.known or wide.least is None:
+            return 1 + _GUESS * self.rows * (width - 1)
+        return _DOUBT * wide.least / plain.median  # one slow call shall not decide, nor be repeated if it was very slow
 
     def cost_of_drafting(self, model: Hashable) -> float | None:
         """Of one token of each row, in plain steps; None while nothing is known."""

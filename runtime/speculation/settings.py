@@ -11,7 +11,7 @@ from skipc.runtime.speculation.drafts import Draft, PromptLookup
 from skipc.ir.errors import ConfigError
 
 _WIDTHS = (2, 4, 8)
-_ROWS = 32  # of a call, at most: more rows take their own time, however few weights they share
+_ROWS = 16  # of a call, at most: more take their own time, however few weights they share
 
 
 @dataclass
@@ -70,5 +70,5 @@ class Speculation:
 
     def widths_for(self, batch: int) -> tuple[int, ...]:
         """Of all calls, plain ones included."""
-        chosen = self.widths or [w for w in _WIDTHS if batch * w <= _ROWS][-2:]
+        chosen = self.widths or [w for w in _WIDTHS if batch * w <= _ROWS][-2:] or _WIDTHS[:1]
         return (1, *chosen)

@@ -129,3 +129,16 @@ class TestModels:
         good, bad = [("model", 9)] * 2, [("model", 1)] * 2
         assert made.goes_on("model", [good, good, bad], 8)
         assert not made.goes_on("model", [bad, bad, bad], 8)
+
+
+def test_calls_that_took_very_long_are_not_repeated() -> None:
+    made = Pace((1, 4), rows=4)
+    for _ in range(3):
+        made.took(1, 1.0)
+    for _ in range(20):
+        made.came(["kind"] * 7, 7)
+    assert made.choose([SOME], 9)[0] == 4
+    made.took(4, 6.0)
+    assert made.choose([SOME], 9)[0] == 1
+    made.took(4, 2.0)  # had another request not thought so
+    assert made.choose([SOME], 9)[0] == 4
