@@ -79,7 +79,8 @@ def generate(
     padded = attention_mask is not None or (speculation is not None and batch > 1)
     decoder = decoder_for(compiled, model, call, batch, prompt + max_new_tokens + more, padded)
     if speculation is not None and not decoder.rewinds:
-        speculation = _plainly(speculation, "the model's cache slides, so that tokens cannot be taken back")
+        _plainly(speculation, "the model's cache slides, so that tokens cannot be taken back")
+        speculation = None
     logits = decoder.prefill(input_ids, attention_mask)
     foreign = on_token is not None or bool(logits_processor)  # code that may edit the model between tokens
     ids = frozenset(ends.tolist()) if ends is not None else frozenset()
@@ -150,13 +151,19 @@ def _speculation(asked: bool | Speculation, model: Any, batch: int, processed: b
     speculation = Speculation() if asked is True else asked
     speculation.stats = SpeculationStats()
     session = sessions.innermost(model)
+    why = None
     if session is not None and session.steering is not None:
-        return _plainly(speculation, "a policy decides by calls, of which there would be fewer")
-    if batch > 1 and processed:
-        return _plainly(speculation, "processors may look at all rows together, which would be at different tokens")
-    if batch > 1 and "position_ids" not in inspect.signature(model.forward).parameters:
-        return _plainly(speculation, "the model takes no positions, so that rows cannot be at different tokens")
-    return speculation
+        why = "a policy decides by calls, of which there would be fewer"
+    elif len(speculation.widths_for(batch)) == 1:
+        why = "calls of so many rows take their own time, however few weights they share"
+    elif batch > 1 and processed:
+        why = "processors may look at all rows together, which would be at different tokens"
+    elif batch > 1 and "position_ids" not in inspect.signature(model.forward).parameters:
+        why = "the model takes no positions, so that rows cannot be at different tokens"
+    if why is None:
+        return speculation
+    _plainly(speculation, why)
+    return None
 
 
 def _plainly(speculation: Speculation, why: str) -> None:

@@ -95,7 +95,7 @@ class Request:
         width, gain, proposals = 1, 1.0, [Proposal() for _ in most]
         for i, draft in self.lookups:
             made = self._asked(draft, most, i)
-            chosen, promised = self.pace.choose(self._of_running(made), room)
+            chosen, promised = self.pace.choose(self._behind(made), room)
             if promised > gain or not any(p.tokens for p in proposals):
                 width, gain, proposals = chosen, promised, made
         self._width = min(room, max(most) + 1)
@@ -103,7 +103,7 @@ class Request:
         if key is None:
             return width, proposals, None
         proposals = self._timed(self.models[key], most)
-        return self.pace.choose(self._of_running(proposals), room)[0], proposals, key
+        return self.pace.choose(self._behind(proposals), room)[0], proposals, key
 
     def _timed(self, model: ModelDraft, most: Sequence[int]) -> list[Proposal]:
         """What a model says."""
@@ -126,8 +126,10 @@ class Request:
             made.append(Proposal(tokens[:known], [(key, kinds[i] if i < len(kinds) else None) for i in range(known)]))
         return made
 
-    def _of_running(self, proposals: Sequence[Proposal]) -> list[Proposal]:
-        return [p for p, runs in zip(proposals, self.running, strict=True) if runs]
+    def _behind(self, proposals: Sequence[Proposal]) -> list[Proposal]:
+        """Those of the rows that have most tokens to come: a request takes as long as they do, whatever others gain."""
+        left = [self._left(i) if runs else -1 for i, runs in enumerate(self.running)]
+        return [p for p, n in zip(proposals, left, strict=True) if n == max(left)]
 
     def _decide(self, row: int, drafted: list[int], logits: torch.Tensor, plain: list[int] | None = None) -> list[int]:
         """The tokens that come in a row: ``logits``, float [1 + drafted or more, vocabulary]."""

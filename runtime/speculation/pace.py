@@ -17,6 +17,7 @@ _AGAIN = 48  # after so many calls with drafts a plain one is timed
 _GUESS = 0.04  # of a plain step, for each token more in a call
 _DOUBT = 0.8  # of the least time, while it is not known well
 _SURE = 1.02  # a call with drafts must promise so much more than one without
+_REST = 8  # calls until a model that does not pay is weighed again: weighing takes as long as a small layer
 _WAIT, _LONGEST_WAIT = 48, 1536  # plain calls until a model that did not pay as a draft is tried again
 
 
@@ -39,16 +40,18 @@ class Rate:
 
 
 class Times:
-    """Seconds of something, the last ones."""
+    """Seconds of something, the last ones, but for the very first: what is repeated is made ready in it."""
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=_KEPT)
         self._median: float | None = None
+        self._begun = False
 
     def note(self, seconds: float) -> None:
         """Once more."""
-        self._last.append(seconds)
-        self._median = None
+        if self._begun:
+            self._last.append(seconds)
+        self._begun, self._median = True, None
 
     @property
     def known(self) -> bool:
@@ -74,6 +77,7 @@ class _Model:
 
     seconds: Times = field(default_factory=Times)  # of a token, where calls were proven
     rate: Rate = field(default_factory=lambda: Rate(0.8, 4))  # of all its tokens
+    weighed: int = 0  # the call before which it is not weighed again
     wait: int = _WAIT
     due: int = 0  # the call at which it may be tried again, though it does not pay
 
@@ -157,12 +161,12 @@ class Pace:
 
     def choose(self, proposals: Sequence[Proposal], most: int) -> tuple[int, float]:
         """The width of the next call, at most ``most`` if it is more than one, given what is proposed for each row that
-        still runs, and how many tokens it promises in the time of a plain step."""
+        is not ahead of others, and how many tokens it promises the slowest of them in the time of a plain step."""
         best, chosen = _SURE, 1
         if self.plain_is_due or not any(p.tokens for p in proposals):
             return 1, 1.0
         for width in (w for w in self.widths[1:] if w <= most):
-            gain = sum(self.expected(p, width) for p in proposals) / len(proposals) / self.cost(width)
+            gain = min(self.expected(p, width) for p in proposals) / self.cost(width)
             if gain > best:
                 best, chosen = gain, width
         return chosen, best if chosen > 1 else 1.0
@@ -177,9 +181,13 @@ class Pace:
             known, cost = self._models[model], self.cost_of_drafting(model)
             if cost is None:
                 return model
+            if self._calls < known.weighed:
+                continue
             gain = promise(known.rate.value, cost, self._cost_of_judging, most)[0]
             if gain > best:
                 best, chosen = gain, model
+            elif gain <= _SURE:
+                known.weighed = self._calls + _REST
         if chosen is not None:
             self._models[chosen].wait = _WAIT
             return chosen

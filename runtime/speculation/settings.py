@@ -70,5 +70,5 @@ class Speculation:
 
     def widths_for(self, batch: int) -> tuple[int, ...]:
         """Of all calls, plain ones included."""
-        chosen = self.widths or [w for w in _WIDTHS if batch * w <= _ROWS][-2:] or _WIDTHS[:1]
+        chosen = self.widths or [w for w in _WIDTHS if batch * w <= _ROWS][-2:]
         return (1, *chosen)
