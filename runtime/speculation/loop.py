@@ -74,7 +74,7 @@ class Request:
         ready = self.decoder.ready(width)
         last, pad = [row[-1] for row in self.known], self.rules.pad
         fed = [[t, *d, *[pad] * (width - 1 - len(d))] for t, d in zip(last, drafted, strict=True)]
-        logits = self.decoder.judge(self._tensor(fed), self.rules.watched and model is None)
+        logits = self.decoder.judge(self._tensor(fed), self.rules.watched)
         plain = None if self.rules.process or self.rules.sample else logits.argmax(-1).tolist()
         came = [
             self._decide(i, drafted[i], logits[i], None if plain is None else plain[i]) if runs else []

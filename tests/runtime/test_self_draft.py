@@ -15,9 +15,8 @@ from skipc.ir.site import Source
 from tests.adapters.test_adapter import trained
 from tests.harness import STRICT
 from tests.models.zoo import ZOO, ids
+from tests.runtime.test_speculation import NEW, WIDTHS, padded
 
-NEW = 24
-WIDTHS = (4, 8)
 SKIP = {"model.layers.1.self_attn", "model.layers.1.mlp"}
 
 
@@ -49,10 +48,8 @@ def llama() -> Any:
 
 def both(compiled: Any, batch: int, draft: Any, **how: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Tokens without drafts and with them, and what came of those."""
-    given, mask = ids(batch, 9), torch.ones(batch, 9, dtype=torch.long)
-    for row in range(1, batch):
-        mask[row, : 2 * row] = 0
-    how = {"max_new_tokens": NEW, "attention_mask": mask if batch > 1 else None, "eos_token_id": None, **how}
+    given, mask = padded(batch)
+    how = {"max_new_tokens": NEW, "attention_mask": mask, "eos_token_id": None, **how}
     speculation = skipc.Speculation(draft, WIDTHS)
     return (
         skipc.generate(compiled, given, **how),
@@ -157,6 +154,36 @@ def test_an_edit_between_calls_is_seen(llama: Any) -> None:
         assert torch.equal(run(skipc.Speculation(skipc.SelfDraft(SKIP), WIDTHS))[:, : 9 + 8], run(False)[:, : 9 + 8])
     finally:
         norm.weight = before
+
+
+def test_a_call_that_judges_sees_an_edit_too(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind what was judged before an edit, which here leaves nothing to say but token 0, comes nothing else."""
+    monkeypatch.setattr(Pace, "choose", lambda self, proposals, most: (4, 1.0))
+    monkeypatch.setattr(Pace, "choose_model", lambda self, models, most, otherwise: next(iter(models)))
+    norm = llama.model.model.norm
+    before, seen = norm.weight, 0
+
+    def edit(tokens: torch.Tensor) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 60:  # calls are repeated by then
+            norm.weight = torch.nn.Parameter(torch.zeros_like(before))
+
+    try:
+        for _ in range(2):
+            norm.weight, seen = before, 0
+            speculation = skipc.Speculation(skipc.SelfDraft(SKIP), WIDTHS)
+            made = skipc.generate(llama, ids(1, 9), max_new_tokens=120, on_token=edit, eos_token_id=None,
+                                  speculative=speculation)  # fmt: skip
+            assert not made[:, 9 + 60 + max(WIDTHS) :].any()
+    finally:
+        norm.weight = before
+
+
+def test_drafts_that_leave_out_the_same_share_what_is_known_of_them() -> None:
+    assert skipc.SelfDraft(SKIP).key == skipc.SelfDraft(skipc.Plan(sorted(SKIP))).key
+    assert skipc.SelfDraft(SKIP).key != skipc.SelfDraft(skipc.Plan()).key
+    assert drafts()["adapter"].key != drafts()["adapter"].key
 
 
 def test_what_is_no_draft_is_refused(llama: Any) -> None:
