@@ -17,7 +17,6 @@ import argparse
 import math
 import random
 import statistics
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import skipc
 from skipc.calibration.batches import Batch
 from skipc.calibration.distillation import distill
+from skipc.calibration.text import library_files
 from skipc.ir.site import Source
 
 TOKENS, ROWS = 256, 4
@@ -44,9 +44,7 @@ RANK = 64  # of the adapter
 
 def sources() -> tuple[str, str]:
     """Python's library, and the part of it that no training sees: each twelfth file."""
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = [p for p in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*p.parts}]
-    texts = [p.read_text(encoding="utf-8", errors="ignore") for p in paths]
+    texts = [p.read_text(encoding="utf-8", errors="ignore") for p in library_files()]
     return "".join(t for i, t in enumerate(texts) if i % 12), "".join(texts[::12])
 
 

@@ -133,7 +133,7 @@ class Replay:
                 why = "the model or its cache counts steps in Python"
         elif now is not None and self._last is not None:
             why = "the program's inputs are new at each call"
-        self.refused, self._last = why, now
+        self.refused, self._last, self._earlier = why, now, None
         return result
 
     def _again(self, program: Any, inputs: tuple[Any, ...]) -> Any:

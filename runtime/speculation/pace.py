@@ -198,7 +198,7 @@ class Pace:
         what more of them bring is worth the time, at what tokens cost now."""
         known, cost = self._models[model], self.cost_of_drafting(model)
         made = max(map(len, kinds))
-        if made >= most - 1 or not kinds:
+        if made >= most - 1:
             return False
         if cost is None:
             return True

@@ -50,7 +50,7 @@ class SelfDraft:
             raise ConfigError(f"depth is a number of layers, 1 or more, not {depth!r}")
         self.depth = depth
         self._given = plan if isinstance(plan, Plan) or plan is None else Plan(skip=plan)
-        self.key: Hashable = self._given if self._given is not None else ("depth", depth)
+        self.key: Hashable = self._given.key if self._given is not None else ("depth", depth)
         self._rows: list[int] = []  # the last token of each
 
     def plan_for(self, model: torch.nn.Module) -> Plan:

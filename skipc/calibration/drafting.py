@@ -114,7 +114,7 @@ def find_draft(
         plan = _changed(best.plan, sites, draw)
         found.append(times.judge(plan, trial.agreement(plan)))
         best = max(best, found[-1], key=lambda f: f.promise)
-    unlike = {f.plan.skip if f.plan.whole else f.plan: f for f in sorted(found, key=lambda f: f.promise)}
+    unlike = {f.plan.key: f for f in sorted(found, key=lambda f: f.promise)}
     found = sorted(unlike.values(), key=lambda f: -f.promise)
     timed = times.measured(found[:_TIMED])
     return sorted(timed, key=lambda f: -f.promise) + found[_TIMED:]

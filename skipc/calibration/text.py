@@ -29,16 +29,18 @@ def halves(text: str) -> tuple[str, str]:
     return first, "\n\n".join(p for p in second.split("\n\n") if p not in known)
 
 
+def library_files() -> list[Path]:
+    """Python's own source files, in order, without tests; none where Python came without its sources."""
+    root, others = Path(sysconfig.get_path("stdlib")), {"site-packages", "dist-packages", "test", "tests"}
+    return [path for path in sorted(root.rglob("*.py")) if not others.intersection(path.relative_to(root).parts)]
+
+
 @functools.cache
 def documentation_text() -> str:
     """Some 1,200,000 characters of English: the longer docstrings of the standard library's modules, in a fixed order
     that mixes them. Empty where Python came without its sources."""
-    root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, None] = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if "site-packages" in parts or "dist-packages" in parts or "test" in parts or "tests" in parts:
-            continue
+    for path in library_files():
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,6 +115,12 @@ class Plan:
     def whole(self) -> bool:
         """Whether it runs the model's own sites in the model's own weights, but for those that it skips."""
         return not self.weights and not self.replace
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for plans under which the same runs: those that skip the same sites and change nothing else; any other
+        is its own."""
+        return self.skip if self.whole else self
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
