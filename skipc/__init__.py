@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from skipc.runtime.session_stats import SessionStats
     from skipc.runtime.sessions import Session
     from skipc.runtime.speculation.drafts import Draft, ModelDraft, PromptLookup, Proposal
+    from skipc.runtime.speculation.memory import NGramCache
     from skipc.runtime.speculation.self_draft import SelfDraft
     from skipc.runtime.speculation.settings import Speculation, SpeculationStats
 
@@ -94,6 +95,7 @@ _HOME = {
     "skipc.runtime.session_stats": ["SessionStats"],
     "skipc.runtime.sessions": ["Session"],
     "skipc.runtime.speculation.drafts": ["Draft", "ModelDraft", "PromptLookup", "Proposal"],
+    "skipc.runtime.speculation.memory": ["NGramCache"],
     "skipc.runtime.speculation.self_draft": ["SelfDraft"],
     "skipc.runtime.speculation.settings": ["Speculation", "SpeculationStats"],
 }  # fmt: skip
@@ -102,7 +104,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AdaSkip", "Adapter", "AdapterBank", "AdapterError", "AdapterRouter", "Affine", "AlreadyCompiledError", "Call",
     "CompiledModel", "Config", "ConfigError", "Draft", "EarlyExit", "Explanation", "FFNSkip", "FallbackError",
-    "FoundDraft", "GateTable", "Lagged", "LoRA", "LowRank", "ModelDraft", "NoResidualStreamError", "Observe",
+    "FoundDraft", "GateTable", "Lagged", "LoRA", "LowRank", "ModelDraft", "NGramCache", "NoResidualStreamError", "Observe",
     "PassError", "Plan", "PlanError", "Policy", "PredictionExit", "Profile", "ProfileError", "PromptLookup",
     "Proposal", "Reason", "Rejection", "Route", "Routed", "SelfDraft", "Session", "SessionError", "SessionStats",
     "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Speculation",

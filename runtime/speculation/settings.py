@@ -50,8 +50,9 @@ class Speculation:
     """How ``skipc.generate`` speculates.
 
     Args:
-        draft: what proposes tokens; :class:`PromptLookup` by default. Several are asked in turns: look-ups always, and
-            models (:class:`SelfDraft`) where one promises more than look-ups do, and more than the other models.
+        draft: what proposes tokens; :class:`PromptLookup` by default. Of several, those that only look up
+            (:class:`NGramCache`, too) are asked each time, and models (:class:`SelfDraft`) where one promises more than
+            look-ups do, and more than the other models.
         widths: how many tokens of each row calls of the full model may take that judge drafts; each is compiled when it
             is first used. None: two that suit the batch.
 

@@ -103,6 +103,17 @@ def test_rubbish_changes_nothing(llama: Any, batch: int) -> None:
     assert torch.equal(ours, plain)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_came_before_comes_faster(llama: Any, batch: int) -> None:
+    cache = skipc.NGramCache()
+    shares = []
+    for _ in range(2):
+        plain, ours, stats = both(llama, batch, cache)
+        assert torch.equal(ours, plain)
+        shares.append(stats.acceptance)
+    assert shares[1] > max(0.7, shares[0])
+
+
 def test_a_full_cache_closes_its_holes(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from skipc.runtime.decoder import Decoder
 
@@ -254,6 +265,60 @@ def test_adapters_of_rows_and_of_tokens_hold_for_drafts_too() -> None:
         assert batch > 1 or not torch.equal(plain, without)
 
 
+def test_drawn_tokens_have_the_distribution_of_the_whole_model(llama: Any) -> None:
+    """A chi-square test of three tokens in a row, each of three, for rows of a batch that accept different numbers of
+    drafted tokens, against the probabilities that the eager model gives them."""
+    draws, top, temperature = 800, 3, 0.4
+    given, mask = padded(3)
+    assert mask is not None
+
+    def after(row: int, *tokens: int) -> dict[int, float]:
+        text = torch.cat([given[row][mask[row].bool()], torch.tensor(tokens, dtype=torch.long)])
+        best = llama.model(input_ids=text[None]).logits[0, -1].float().topk(top)
+        return dict(zip(best.indices.tolist(), (best.values / temperature).softmax(-1).tolist(), strict=True))
+
+    odds = [
+        {(a, b, c): x * y * z for a, x in after(i).items() for b, y in after(i, a).items()
+         for c, z in after(i, a, b).items()}
+        for i in range(3)
+    ]  # fmt: skip
+
+    class Likely(Oracle):
+        """Drafts the likeliest way to go on, with an error now and then."""
+
+        def start(self, rows: Sequence[Sequence[int]]) -> None:
+            self.said: list[list[int]] = [[] for _ in rows]
+
+        def extend(self, row: int, tokens: Sequence[int]) -> None:
+            self.said[row] += tokens
+
+        def guess(self, row: int, most: int) -> list[int]:
+            said = self.said[row]
+            ways = [list(way) for way in odds[row] if [*way[: len(said)]] == said]
+            way = max(ways, key=lambda w: odds[row][tuple(w)])[len(said) :][:most]
+            return [self.random.randrange(96) if self.random.random() < self.wrong else t for t in way]
+
+    speculation = skipc.Speculation(Likely([], 0.2), WIDTHS)
+    generator = torch.Generator().manual_seed(3)
+    found = [Counter[tuple[int, ...]]() for _ in given]
+    drafted = accepted = 0
+    for _ in range(draws):
+        made = skipc.generate(llama, given, attention_mask=mask, max_new_tokens=3, eos_token_id=None, do_sample=True,
+                              top_k=top, temperature=temperature, generator=generator, speculative=speculation)  # fmt: skip
+        for row, tokens in enumerate(made[:, 9:].tolist()):
+            found[row][tuple(tokens)] += 1
+        drafted, accepted = drafted + speculation.stats.drafted, accepted + speculation.stats.accepted
+    assert draws / 2 < accepted < drafted - draws / 2  # both happened often
+
+    for seen, chances in zip(found, odds, strict=True):
+        assert set(seen) <= set(chances)
+        often = {t for t, chance in chances.items() if draws * chance >= 5}  # the others together
+        pairs = [(seen[t], draws * chances[t]) for t in often]
+        pairs.append((draws - sum(n for n, _ in pairs), draws - sum(n for _, n in pairs)))
+        square = sum((n - expected) ** 2 / expected for n, expected in pairs if expected > 0.5)
+        assert torch.special.gammaincc(torch.tensor(len(often) / 2), torch.tensor(square / 2)) > 1e-3
+
+
 def test_logits_that_are_not_numbers_are_refused() -> None:
     for drafted in ([0], []):
         with pytest.raises(ValueError, match="no token to draw"):
@@ -373,3 +438,62 @@ class TestPromptLookup:
             skipc.PromptLookup(2, 3)
         with pytest.raises(skipc.ConfigError, match="2 or more"):
             skipc.Speculation(widths=[1])
+
+
+class TestNGramCache:
+    def propose(self, cache: skipc.NGramCache, prompt: list[int], most: int = 4) -> skipc.Proposal:
+        cache.start([prompt])
+        return cache.propose([most])[0]
+
+    def said(self, cache: skipc.NGramCache, prompt: list[int], tokens: list[int]) -> None:
+        cache.start([prompt])
+        for token in tokens:
+            cache.extend(0, [token])
+
+    def test_what_came_in_an_earlier_request(self) -> None:
+        cache = skipc.NGramCache()
+        assert self.propose(cache, [1, 2]) == ([], [])
+        self.said(cache, [1, 2], [3, 4, 5])
+        assert self.propose(cache, [9, 1, 2]) == ([3, 4, 5], [(2, 1), (3, 1), (4, 1)])
+        assert self.propose(cache, [9, 1, 2], 1) == ([3], [(2, 1)])
+        assert self.propose(cache, [9, 1, 2], 0) == ([], [])
+        assert self.propose(cache, [1]) == ([], [])  # the prompt was not learned
+
+    def test_the_longest_context_decides_and_the_last_time(self) -> None:
+        cache = skipc.NGramCache(order=2)
+        self.said(cache, [1, 2], [3])
+        self.said(cache, [7, 2], [4])
+        assert self.propose(cache, [1, 2], 1) == ([3], [(2, 1)])
+        assert self.propose(cache, [8, 2], 1) == ([4], [(1, 1)])
+        self.said(cache, [1, 2], [5])
+        assert self.propose(cache, [1, 2], 1).tokens == [5]
+
+    def test_times_in_a_row_are_counted(self) -> None:
+        cache = skipc.NGramCache(order=1)
+        for times in range(1, 12):
+            self.said(cache, [1], [0])
+            assert self.propose(cache, [1], 1) == ([0], [(1, min(times, 7))])
+        self.said(cache, [1], [1 << 40])
+        assert self.propose(cache, [1], 1) == ([1 << 40], [(1, 1)])
+
+    def test_rows_are_apart(self) -> None:
+        cache = skipc.NGramCache(order=1)
+        cache.start([[1], [2]])
+        cache.extend(0, [5, 6])
+        cache.extend(1, [7])
+        cache.start([[1], [2], []])
+        assert [list(p.tokens) for p in cache.propose([1, 3, 3])] == [[5], [7], []]
+
+    def test_the_oldest_goes(self) -> None:
+        cache = skipc.NGramCache(order=1, capacity=16)
+        for token in range(40):
+            self.said(cache, [token], [token + 1])
+            self.said(cache, [0], [99])  # comes again and again
+        assert len(cache) <= 16
+        assert self.propose(cache, [39], 1).tokens == [40]
+        assert self.propose(cache, [0], 1).tokens == [99]
+        assert self.propose(cache, [3], 1).tokens == []
+
+    def test_settings_are_checked(self) -> None:
+        with pytest.raises(ValueError, match="capacity"):
+            skipc.NGramCache(capacity=0)
