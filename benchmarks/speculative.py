@@ -1,14 +1,16 @@
 """Speculative generation beside plain: the same greedy tokens of SmolLM2, in how much less time, by kind of prompt.
 
-Prompts are made of what ships with Python: questions; documentation to summarise; code to edit; records to extract
-from; and text that repeats itself. Each prompt runs plain and with drafts, in turns; a first divergence is listed with
-the gap of the top two logits there.
+Prompts are made of what ships with Python, none of them twice: questions; documentation to summarise; code to edit;
+records to extract from; and text that repeats itself. Each prompt runs plain, with drafts by look-up, and with those of
+a cache too, which begins empty, in turns, until an end token or so many new ones; a first divergence is listed with the
+gap of the top two logits there.
 
-Run: python benchmarks/speculative.py [--dtype bfloat16] [--batch 4] [--prompts 200] [--peers]
+Run: python benchmarks/speculative.py [--dtype bfloat16] [--batch 4] [--prompts 200] [--past-end] [--peers]
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import random
@@ -16,7 +18,8 @@ import statistics
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -36,32 +39,46 @@ FORMS = ("What should a child know about {}?", "Explain how {} changed the way p
 MODULES = ("textwrap", "shlex", "statistics", "fractions", "bisect", "heapq", "difflib", "string",
            "colorsys", "calendar", "glob", "fnmatch", "csv", "configparser", "argparse", "gettext",
            "mailbox", "tokenize")  # fmt: skip
+DOCUMENTED = (*MODULES, "random", "pathlib", "json", "logging", "threading", "datetime", "decimal", "collections",
+              "functools", "doctest", "zipfile", "pickle", "optparse", "ipaddress", "enum", "unittest",
+              "subprocess", "ast")  # fmt: skip
 
 
-def functions() -> list[tuple[str, str, str]]:
-    """Name, source and documentation of functions of Python's own library that have all three, of middling size."""
+def functions() -> list[tuple[str, str]]:
+    """Name and source of functions of Python's own library, of middling size."""
     found = []
     for name in MODULES:
-        module = __import__(name)
-        for value in vars(module).values():
+        for value in vars(importlib.import_module(name)).values():
             if inspect.isfunction(value) and value.__module__ == name:
-                source, doc = inspect.getsource(value), inspect.getdoc(value) or ""
+                source = inspect.getsource(value)
                 if 200 < len(source) < 1200:
-                    found.append((value.__name__, textwrap.dedent(source), doc))
+                    found.append((value.__name__, textwrap.dedent(source)))
     return found
 
 
+def texts() -> list[str]:
+    """Documentation of modules, classes and functions of Python's own library, of middling size."""
+    found = {}
+    for name in DOCUMENTED:
+        module = importlib.import_module(name)
+        for value in [module, *vars(module).values()]:
+            own = inspect.isclass(value) or inspect.isfunction(value)
+            doc = (inspect.getdoc(value) or "") if value is module or (own and value.__module__ == name) else ""
+            if 400 < len(doc) < 1600 and ">>>" not in doc:
+                found[doc] = None
+    return list(found)
+
+
 def asked(kind: str, count: int) -> list[str]:
-    """So many requests of a kind."""
+    """So many requests of a kind, no two of them the same."""
     draw, known = random.Random(kind), functions()
     if kind == "chat":
         made = [form.format(topic) for form in FORMS for topic in TOPICS]
     elif kind == "summary":
-        made = [f"Summarise this text, in its own words:\n\n{doc}" for _, _, doc in known if len(doc) > 200]
+        made = [f"Summarise this text, in its own words:\n\n{doc}" for doc in texts()]
     elif kind == "code edit":
         made = [
-            f"Rename the function {n} to {n}_again in this code, and give me all of the code:\n\n{s}"
-            for n, s, _ in known
+            f"Rename the function {n} to {n}_again in this code, and give me all of the code:\n\n{s}" for n, s in known
         ]
     elif kind == "extraction":
         made = []
@@ -76,7 +93,10 @@ def asked(kind: str, count: int) -> list[str]:
             for _ in range(count)
         ]
     draw.shuffle(made)
-    return [made[i % len(made)] for i in range(count)]
+    made = list(dict.fromkeys(made))
+    if len(made) < count:
+        raise click.UsageError(f"there are {len(made)} prompts of the kind {kind!r}, not {count}")
+    return made[:count]
 
 
 KINDS = ("chat", "summary", "code edit", "extraction", "repetition")
@@ -125,14 +145,64 @@ class Known:
         return [skipc.Proposal(r[n:][:m]) for r, n, m in zip(self.rows, self.made, most, strict=True)]
 
 
-def start(compiled: Any, tokenizer: Any, batch: int, count: int, how: dict[str, Any]) -> None:
+def start(compiled: Any, tokenizer: Any, batch: int, count: int, widths: Sequence[int], new: int) -> None:
     """Compile what will run: calls of each width, on a cache for the longest prompt."""
     every = [given for kind in KINDS for given in batches(tokenizer, kind, count, batch)]
     given = max(every, key=lambda g: g["input_ids"].shape[1])
-    for width in skipc.Speculation().widths_for(batch)[:0:-1]:
+    for width in sorted(widths, reverse=True):
+        how: dict[str, Any] = {"max_new_tokens": new, "eos_token_id": None}
         plain = skipc.generate(compiled, **given, **how)
         draft = Known(plain[:, given["input_ids"].shape[1] :].tolist())
         skipc.generate(compiled, **given, speculative=skipc.Speculation(draft, [width]), **how)
+
+
+@dataclass
+class Arm:
+    """What one way to generate took for the prompts of a kind.
+
+    Attributes:
+        seconds: of each request, and of it without its prompt.
+        calls, call_seconds: by tokens of each row.
+        same: rows with the tokens of plain generation.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    decoding: list[float] = field(default_factory=list)
+    calls: Counter[int] = field(default_factory=Counter)
+    call_seconds: Counter[int] = field(default_factory=Counter)
+    drafted: int = 0
+    accepted: int = 0
+    drafting: float = 0.0
+    same: int = 0
+
+    def note(self, seconds: float, prompt: float, stats: skipc.SpeculationStats) -> None:
+        """One more request."""
+        self.seconds.append(seconds)
+        self.decoding.append(seconds - prompt)
+        self.calls.update(stats.calls)
+        self.call_seconds.update(stats.seconds)
+        self.drafted, self.accepted = self.drafted + stats.drafted, self.accepted + stats.accepted
+        self.drafting += stats.drafting
+
+    def against(self, plain: Arm, tokens: int) -> dict[str, Any]:
+        """The figures of this arm beside plain generation of so many tokens of a row in all."""
+        each = [a / b for a, b in zip(plain.seconds, self.seconds, strict=True)]  # each prompt by itself
+        behind = [a / b for a, b in zip(plain.decoding, self.decoding, strict=True)]
+        steps = tokens - len(self.seconds)  # the first token comes of the prompt
+        spent = sum(self.call_seconds.values())
+        return {
+            **vars(self),
+            "ratio": ratio(each, [1.0] * len(each)),
+            "least": min(each),
+            "behind the prompt": ratio(behind, [1.0] * len(behind)),
+            "promised": steps * self.call_seconds[1] / self.calls[1] / spent,  # by counts and costs, without prompts
+            "tokens a call": steps / sum(self.calls.values()),
+            "drafting": self.drafting / spent,
+        }
+
+    def widths(self) -> str:
+        """Calls, by tokens of each row."""
+        return ", ".join(f"{n} of {w} ({self.call_seconds[w] / n * 1e3:.1f} ms)" for w, n in sorted(self.calls.items()))
 
 
 @click.command()
@@ -141,107 +211,87 @@ def start(compiled: Any, tokenizer: Any, batch: int, count: int, how: dict[str, 
 @click.option("--batch", default=1, show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--threads", default=2, show_default=True)
+@click.option("--widths", help="Of calls that judge drafts, as 2,4; by default those that suit the batch.")
+@click.option("--past-end", is_flag=True, help="Go on behind end tokens.")
 @click.option(
     "--peers", is_flag=True, help="Run transformers' own generation and prompt look-up, too (2 prompts a kind)."
 )
 @click.option("--json", "path", help="Write the figures here.")
 @torch.no_grad()
-def main(prompts: int, new: int, batch: int, dtype: str, threads: int, peers: bool, path: str | None) -> None:
+def main(
+    prompts: int, new: int, batch: int, dtype: str, threads: int, widths: str | None, past_end: bool, peers: bool,
+    path: str | None,
+) -> None:  # fmt: skip
     """Time plain and speculative generation."""
     torch.set_num_threads(threads)
     load = check_load()
     model, tokenizer = load_smollm2(getattr(torch, dtype))
     compiled = skipc.compile(model, fullgraph=True, on_error="raise")
-    speculation = skipc.Speculation()
-    how: dict[str, Any] = {"max_new_tokens": new, "eos_token_id": None}
-    start(compiled, tokenizer, batch, prompts // len(KINDS), how)
-    table = Table(
-        "kind",
-        "plain / speculative",
-        "tokens per s",
-        "promised",
-        "acceptance",
-        "tokens a call",
-        "calls by width",
-        "drafting",
-        "same",
-    )
+    how: dict[str, Any] = {"max_new_tokens": new} | ({"eos_token_id": None} if past_end else {})
+    judging = tuple(map(int, widths.split(","))) if widths else skipc.Speculation().widths_for(batch)[1:]
+    ways = {
+        "plain": False,
+        "look-up": skipc.Speculation(widths=judging),
+        "and cache": skipc.Speculation([skipc.PromptLookup(), skipc.NGramCache()], judging),
+    }
+    start(compiled, tokenizer, batch, prompts // len(KINDS), judging, new)
+    table = Table("kind", "drafts", "plain / speculative", "behind the prompt", "promised", "acceptance",
+                  "tokens a call", "drafting", "same")  # fmt: skip
     record: dict[str, Any] = {"load": load, "dtype": dtype, "batch": batch, "new": new, "kinds": {}, "divergences": []}
     for kind in KINDS:
-        times: dict[str, list[float]] = {"plain": [], "speculative": []}
-        calls: Counter[int] = Counter()
-        drafted = accepted = same = 0
-        seconds: Counter[int] = Counter()
-        drafting, rows = 0.0, 0
+        arms = {name: Arm() for name in ways}
+        rows, tokens = 0, 0
         for given in track(batches(tokenizer, kind, prompts // len(KINDS), batch), description=kind):
-            plain, took = timed(lambda g=given: skipc.generate(compiled, **g, **how))
-            times["plain"].append(took)
-            ours, took = timed(lambda g=given: skipc.generate(compiled, **g, speculative=speculation, **how))
-            times["speculative"].append(took)
-            stats = speculation.stats
-            calls.update(stats.calls)
-            seconds.update(stats.seconds)
-            drafted, accepted, drafting = drafted + stats.drafted, accepted + stats.accepted, drafting + stats.drafting
-            prompt = given["input_ids"].shape[1]
-            for row in range(len(plain)):
-                rows += 1
-                same += bool(torch.equal(plain[row], ours[row]))
-                if not torch.equal(plain[row], ours[row]):
-                    at = int((plain[row] != ours[row]).nonzero()[0])
-                    mask = torch.cat([given["attention_mask"][row], torch.ones(at - prompt, dtype=torch.long)])
-                    record["divergences"].append(
-                        {"kind": kind, "token": at - prompt, "gap": gap(model, plain[row, :at], mask)}
-                    )
-        faster = [a / b for a, b in zip(times["plain"], times["speculative"], strict=True)]  # each prompt by itself
-        against, low, high = ratio(faster, [1.0] * len(faster))
-        total = sum(calls.values())
-        step = seconds[1] / calls[1] if calls[1] else float("nan")
-        promised = (rows / batch * (new - 1) * step) / sum(seconds.values())  # by counts and costs, without prefill
-        found = {
-            "ratio": against,
-            "interval": [low, high],
-            "per second": new * rows / sum(times["speculative"]),
-            "promised": promised,
-            "acceptance": accepted / max(1, drafted),
-            "per call": (new - 1) * rows / batch / total,
-            "calls": dict(calls),
-            "seconds": dict(seconds),
-            "drafting": drafting,
-            "same": same,
-            "rows": rows,
-            "times": times,
-        }
-        record["kinds"][kind] = found
-        widths = ", ".join(f"{n} of {w} ({seconds[w] / n * 1e3:.1f} ms)" for w, n in sorted(calls.items()))
-        table.add_row(kind, f"{against:.2f} [{low:.2f}, {high:.2f}]", f"{found['per second']:.1f}", f"{promised:.2f}",
-                      f"{found['acceptance']:.2f}", f"{found['per call']:.2f}", widths,
-                      f"{drafting / sum(seconds.values()):.1%}", f"{same} of {rows}")  # fmt: skip
+            _, reading = timed(lambda g=given: skipc.generate(compiled, **g, max_new_tokens=1))
+            plain, prompt = torch.empty(0), given["input_ids"].shape[1]
+            for name, way in ways.items():
+                made, took = timed(lambda g=given, w=way: skipc.generate(compiled, **g, speculative=w, **how))
+                plain = made if not way else plain
+                stats = way.stats if isinstance(way, skipc.Speculation) else skipc.SpeculationStats()
+                arms[name].note(took, reading, stats)
+                for row in range(len(made)):
+                    arms[name].same += (same := torch.equal(plain[row], made[row]))
+                    if not same:
+                        at = int((plain[row] != made[row]).nonzero()[0])
+                        mask = torch.cat([given["attention_mask"][row], torch.ones(at - prompt, dtype=torch.long)])
+                        record["divergences"].append(
+                            {"kind": kind, "token": at - prompt, "gap": gap(model, plain[row, :at], mask)}
+                        )
+            rows, tokens = rows + len(plain), tokens + plain.shape[1] - prompt
+        alone = arms.pop("plain")
+        record["kinds"][kind] = {"rows": rows, "tokens": tokens, "plain": vars(alone)}
+        for name, arm in arms.items():
+            record["kinds"][kind][name] = found = arm.against(alone, tokens)
+            shown = [
+                f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in (found["ratio"], found["behind the prompt"])
+            ]
+            table.add_row(kind, name, *shown, f"{found['promised']:.2f}", f"{arm.accepted / max(1, arm.drafted):.0%}",
+                          f"{found['tokens a call']:.2f}", f"{found['drafting']:.1%}", f"{arm.same} of {rows}")  # fmt: skip
+            console.print(f"{kind}, {name}: {shown[0]}, least {found['least']:.2f}; calls: {arm.widths()}")
+        save(path, record)
     console.print(table)
     for divergence in record["divergences"]:
         console.print(
             f"{divergence['kind']}: at new token {divergence['token']}, top two logits {divergence['gap']:.1e} apart"
         )
     if peers:
-        record["peers"] = of_transformers(model, tokenizer, new)
+        record["peers"] = of_transformers(model, tokenizer, how)
     save(path, record)
 
 
-def of_transformers(model: Any, tokenizer: Any, new: int) -> dict[str, Any]:
-    """Tokens a second of transformers' generation, eager, and with its own prompt look-up."""
+def of_transformers(model: Any, tokenizer: Any, how: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second of transformers' generation, eager, and with its own prompt look-up of two lengths."""
     found: dict[str, Any] = {}
+    ways = {"eager": {}, **{f"prompt look-up of {n}": {"prompt_lookup_num_tokens": n} for n in (3, 8)}}
     for kind in KINDS:
-        for name, how in {"eager": {}, "prompt look-up": {"prompt_lookup_num_tokens": 8}}.items():
-            took = [
-                timed(
-                    lambda g=given, h=how: model.generate(
-                        **g, max_new_tokens=new, min_new_tokens=new, do_sample=False, **h
-                    )
-                )[1]
-                for given in batches(tokenizer, kind, 2, 1)
-            ]
-            found.setdefault(name, {})[kind] = new / statistics.median(took)
-    for name, speeds in found.items():
-        console.print(f"transformers, {name}, tokens per s: " + ", ".join(f"{k} {v:.1f}" for k, v in speeds.items()))
+        for name, way in ways.items():
+            speeds = []
+            for given in batches(tokenizer, kind, 2, 1):
+                made, took = timed(lambda g=given, w=way: model.generate(**g, do_sample=False, **how, **w))
+                speeds.append((made.shape[1] - given["input_ids"].shape[1]) / took)
+            found.setdefault(name, {})[kind] = statistics.median(speeds)
+    for name, speeds_of in found.items():
+        console.print(f"transformers, {name}, tokens per s: " + ", ".join(f"{k} {v:.1f}" for k, v in speeds_of.items()))
     return found
 
 

@@ -33,8 +33,8 @@ class NGramCache:
         if order < 1 or capacity < 1:
             raise ValueError(f"needed are order >= 1 and capacity >= 1, got {order} and {capacity}")
         self.order, self.capacity = order, capacity
-        # By the hash of what stands before: the token, and how many times in a row it came. (Two that share a hash would
-        # cost a wrong guess. Numbers take a third of the memory of what they stand for.)
+        # By the hash of what stands before: the token, and how many times in a row it came. (Numbers take a third of
+        # the memory of what they stand for; two contexts that share a hash would cost a wrong guess.)
         self._next: dict[int, int] = {}
         self._tails: list[list[int]] = []  # the last tokens of each row
 

@@ -300,11 +300,12 @@ def test_drawn_tokens_have_the_distribution_of_the_whole_model(llama: Any) -> No
 
     speculation = skipc.Speculation(Likely([], 0.2), WIDTHS)
     generator = torch.Generator().manual_seed(3)
+    how: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 3, "eos_token_id": None}
+    how |= {"do_sample": True, "top_k": top, "temperature": temperature}
     found = [Counter[tuple[int, ...]]() for _ in given]
     drafted = accepted = 0
     for _ in range(draws):
-        made = skipc.generate(llama, given, attention_mask=mask, max_new_tokens=3, eos_token_id=None, do_sample=True,
-                              top_k=top, temperature=temperature, generator=generator, speculative=speculation)  # fmt: skip
+        made = skipc.generate(llama, given, generator=generator, speculative=speculation, **how)
         for row, tokens in enumerate(made[:, 9:].tolist()):
             found[row][tuple(tokens)] += 1
         drafted, accepted = drafted + speculation.stats.drafted, accepted + speculation.stats.accepted
