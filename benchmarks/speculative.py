@@ -241,12 +241,18 @@ def main(
     for kind in KINDS:
         arms = {name: Arm() for name in ways}
         rows, tokens = 0, 0
+        recorded: list[list[list[int]]] = []  # prompt and what came, for draft_shapes.py
         for given in track(batches(tokenizer, kind, prompts // len(KINDS), batch), description=kind):
             _, reading = timed(lambda g=given: skipc.generate(compiled, **g, max_new_tokens=1))
             plain, prompt = torch.empty(0), given["input_ids"].shape[1]
             for name, way in ways.items():
                 made, took = timed(lambda g=given, w=way: skipc.generate(compiled, **g, speculative=w, **how))
-                plain = made if not way else plain
+                if not way:
+                    plain = made
+                    whole = given["attention_mask"].sum(1).tolist()
+                    recorded += [
+                        [r[prompt - n : prompt], r[prompt:]] for r, n in zip(made.tolist(), whole, strict=True)
+                    ]
                 stats = way.stats if isinstance(way, skipc.Speculation) else skipc.SpeculationStats()
                 arms[name].note(took, reading, stats)
                 for row in range(len(made)):
@@ -259,14 +265,18 @@ def main(
                         )
             rows, tokens = rows + len(plain), tokens + plain.shape[1] - prompt
         alone = arms.pop("plain")
-        record["kinds"][kind] = {"rows": rows, "tokens": tokens, "plain": vars(alone)}
+        record["kinds"][kind] = {"rows": rows, "tokens": tokens, "plain": vars(alone), "texts": recorded}
         for name, arm in arms.items():
             record["kinds"][kind][name] = found = arm.against(alone, tokens)
             shown = [
                 f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in (found["ratio"], found["behind the prompt"])
             ]
-            table.add_row(kind, name, *shown, f"{found['promised']:.2f}", f"{arm.accepted / max(1, arm.drafted):.0%}",
-                          f"{found['tokens a call']:.2f}", f"{found['drafting']:.1%}", f"{arm.same} of {rows}")  # fmt: skip
+            shares = (
+                f"{arm.accepted / max(1, arm.drafted):.0%}",
+                f"{found['tokens a call']:.2f}",
+                f"{found['drafting']:.1%}",
+            )
+            table.add_row(kind, name, *shown, f"{found['promised']:.2f}", *shares, f"{arm.same} of {rows}")
             console.print(f"{kind}, {name}: {shown[0]}, least {found['least']:.2f}; calls: {arm.widths()}")
         save(path, record)
     console.print(table)
