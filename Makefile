@@ -12,7 +12,7 @@ SOURCES = skipc passes runtime kernels tests benchmarks examples
 
 help:
 	@echo "make demo      install, then run SmolLM2 under Inductor and under skipc (about 5 minutes on 2 cores)"
-	@echo "make test      install, then run the test suite (about 30 minutes on 2 cores)"
+	@echo "make test      install, then run the test suite (30 to 50 minutes on 2 cores)"
 	@echo "make test-all  the same with the long sweeps"
 	@echo "make check     format, lint and types (on an installed wheel)"
 	@echo "make bench     first call and skipping, side by side with Inductor (about 10 minutes)"

@@ -11,7 +11,7 @@ from skipc.runtime.speculation.drafts import Draft, PromptLookup
 from skipc.ir.errors import ConfigError
 
 _WIDTHS = (2, 4, 8)
-_ROWS = 16  # of a call, at most: more take their own time, however few weights they share
+_ROWS = 12  # of a call, at most: more take their own time, however few weights they share (measured on CPUs)
 
 
 @dataclass
