@@ -229,6 +229,8 @@ def main(
     compiled = skipc.compile(model, fullgraph=True, on_error="raise")
     how: dict[str, Any] = {"max_new_tokens": new} | ({"eos_token_id": None} if past_end else {})
     judging = tuple(map(int, widths.split(","))) if widths else skipc.Speculation().widths_for(batch)[1:]
+    if not judging:
+        raise click.UsageError(f"by default batches of {batch} are plain: give --widths")
     ways = {
         "plain": False,
         "look-up": skipc.Speculation(widths=judging),

@@ -54,7 +54,7 @@ class Speculation:
             (:class:`NGramCache`, too) are asked each time, and models (:class:`SelfDraft`) where one promises more than
             look-ups do, and more than the other models.
         widths: how many tokens of each row calls of the full model may take that judge drafts; each is compiled when it
-            is first used. None: two that suit the batch.
+            is first used. None: those that suit the batch.
 
     Attributes:
         stats: of the last request.
