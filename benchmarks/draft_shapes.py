@@ -17,6 +17,7 @@ from typing import Any
 import click
 from common import console
 from rich.table import Table
+from skipc.runtime.speculation.accepting import greedy
 from skipc.runtime.speculation.pace import Pace
 
 import skipc
@@ -49,11 +50,6 @@ SHAPES = {
 }
 
 
-def right(tokens: Sequence[int], came: Sequence[int]) -> int:
-    """How many of ``tokens`` came."""
-    return next((i for i, (a, b) in enumerate(zip(tokens, came, strict=False)) if a != b), min(len(tokens), len(came)))
-
-
 def paced(drafts: list[Any], costs: dict[int, float], texts: list[Text]) -> dict[str, list[float]]:
     """Of each text how many times as fast as plain it would have come, by kind."""
     pace, found = Pace(tuple(costs)), defaultdict[str, list[float]](list)
@@ -71,14 +67,15 @@ def paced(drafts: list[Any], costs: dict[int, float], texts: list[Text]) -> dict
                 if gain > promised or not best.tokens:
                     width, promised, best = chosen, gain, made
             judged = best.tokens[: width - 1]
-            came = right(judged, text[at:])
+            came = greedy(judged, lambda i, made, at=at, text=text: text[at + i])
             if best.tokens:
-                pace.came(best.kinds[: max(1, len(judged))], came if width > 1 else int(best.tokens[0] == text[at]))
+                right = len(came) - 1 if width > 1 else int(best.tokens[0] == came[0])
+                pace.came(best.kinds[: max(1, len(judged))], right)
             pace.took(width, costs[width] * STEP)
             spent += costs[width]
             for draft in drafts:
-                draft.extend(0, text[at : at + came + 1])
-            at += came + 1
+                draft.extend(0, came)
+            at += len(came)
         found[kind].append((len(text) - 1) / spent)
     return found
 

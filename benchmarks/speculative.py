@@ -71,14 +71,15 @@ def texts() -> list[str]:
 
 def asked(kind: str, count: int) -> list[str]:
     """So many requests of a kind, no two of them the same."""
-    draw, known = random.Random(kind), functions()
+    draw = random.Random(kind)
     if kind == "chat":
         made = [form.format(topic) for form in FORMS for topic in TOPICS]
     elif kind == "summary":
         made = [f"Summarise this text, in its own words:\n\n{doc}" for doc in texts()]
     elif kind == "code edit":
         made = [
-            f"Rename the function {n} to {n}_again in this code, and give me all of the code:\n\n{s}" for n, s in known
+            f"Rename the function {n} to {n}_again in this code, and give me all of the code:\n\n{s}"
+            for n, s in functions()
         ]
     elif kind == "extraction":
         made = []
