@@ -6,15 +6,20 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from skipc.kernels import native
 from skipc.kernels.library import library
 from skipc.kernels.lora import Lora, add_lora
-
-# More rows are bound by arithmetic, where a blocked matrix product wins (oneDNN's for bf16, earlier).
-MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8}
 
 MOST_ROWS = 16  # that one launch on a GPU takes
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}
+
+
+def max_rows(dtype: torch.dtype) -> int:
+    """How many rows the native kernels take. More are bound by arithmetic, where a blocked matrix product wins
+    (oneDNN's for bf16, earlier, unless both have tile registers)."""
+    return 8 if dtype == torch.bfloat16 and not native.tiles() else 16
+
 
 library.define(
     "skinny_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? norm, float eps, Tensor? residual, "

@@ -1,5 +1,8 @@
 """Builds the C++ kernels of ``kernels/cpu`` once per machine, with the compiler that Inductor needs anyway.
 
+Where the CPU has tile registers (Intel AMX), products with bf16 weights use them, unless ``SKIPC_TILES=0`` says otherwise
+(``kernels/cpu/tiles.h``): other bits than those of vectors, and hardly more time for 16 rows than for one.
+
 The library speaks torch's stable ABI, so it survives patch releases of torch. It is kept outside Inductor's cache, in
 ``SKIPC_CACHE_DIR`` (default: ``~/.cache/skipc``), under a name that holds sources, compiler, flags, CPU and torch.
 """
@@ -17,15 +20,21 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from skipc.kernels.library import library
 
 log = logging.getLogger("skipc.kernels")
 
 _SOURCES = Path(__file__).parent / "cpu"
 _FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fvisibility=hidden"]
 _lock = threading.Lock()
+
+library.define("tiles() -> bool")  # these of the C++ library alone
+library.define("use_tiles(bool wanted) -> bool")
 
 
 def cache_dir() -> Path:
@@ -47,6 +56,23 @@ def available() -> str | None:
         if reason is None:
             use_tables()
         return reason
+
+
+def tiles() -> bool:
+    """Whether products with bf16 weights use tile registers here."""
+    return available() is None and torch.ops.skipc.tiles()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def without_tiles() -> Iterator[None]:
+    """Products use vectors alone in the block, as on CPUs without tile registers. For tests and benchmarks: it holds for
+    the process, not while kernels run."""
+    before = tiles()
+    torch.ops.skipc.use_tiles(False)
+    try:
+        yield
+    finally:
+        torch.ops.skipc.use_tiles(before)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from skipc.kernels import native
-from skipc.kernels.linear import MAX_ROWS
+from skipc.kernels.linear import max_rows
 from skipc.passes.base import Pass, PassContext, PassResult
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.fx_edit import erase_unused, infer, labels_of
@@ -92,4 +92,4 @@ def _why_not(linear: fx.Node) -> str:
     rows, dtype = native_rows(linear), tensor(linear).dtype  # type: ignore[union-attr]
     if not isinstance(rows, int):
         return "linear layers whose number of rows is known only at the call stay with torch"
-    return f"linear layers of {rows} rows stay with torch, whose products are faster above {MAX_ROWS[dtype]} ({dtype})"
+    return f"linear layers of {rows} rows stay with torch, whose products are faster above {max_rows(dtype)} ({dtype})"

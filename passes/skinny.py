@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from skipc.kernels.device import on_cpu, on_gpu
 from skipc.kernels.library import NATIVE, TRITON
-from skipc.kernels.linear import MAX_ROWS, MOST_ROWS
+from skipc.kernels.linear import MOST_ROWS, max_rows
 from skipc.kernels.lora import OPERANDS
 from skipc.passes.dataflow import Dataflow
 from skipc.passes.norms import RMSNorm, read_rms_norm
@@ -38,7 +38,7 @@ def joined_adapters(parts: Sequence[Any]) -> list[Any]:
 def is_skinny(node: Any) -> bool:
     """True for a linear layer of few rows that the native kernels take."""
     rows = native_rows(node)
-    return rows is not None and isinstance(rows, int) and 1 <= rows <= MAX_ROWS[tensor(node).dtype]  # type: ignore[union-attr]
+    return rows is not None and isinstance(rows, int) and 1 <= rows <= max_rows(tensor(node).dtype)  # type: ignore[union-attr]
 
 
 def is_few_on_gpu(node: Any) -> bool:

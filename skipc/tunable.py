@@ -16,7 +16,7 @@ from skipc.autotune import Problem, Sample
 from skipc.ir.errors import ConfigError
 from skipc.kernels import native, products
 from skipc.kernels.chain import ENTRY, NOTHING, BoundChain, Links
-from skipc.kernels.linear import MAX_ROWS
+from skipc.kernels.linear import max_rows
 from skipc.kernels.tables import Choice, Row, cpu_name
 from skipc.runtime.huge_pages import back_with_huge_pages
 
@@ -137,7 +137,7 @@ def cpu_problems(work: Work) -> list[Problem]:
         for dtype in work.dtypes
         for layer in work.layers
         for rows in work.rows
-        if rows <= MAX_ROWS[dtype]
+        if rows <= max_rows(dtype)
     ]
 
 

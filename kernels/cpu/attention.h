@@ -6,6 +6,7 @@
 namespace skipc {
 
 constexpr int64_t CHUNK = 256;  // keys a task takes; fixed, so that a result does not depend on threads or on company
+constexpr int64_t SLICE = 8;    // rows of queries it takes: few heads of keys would not keep all threads busy
 
 // Dot products of MB queries (fp32, rows of length D) with NB keys.
 template <typename T, int MB, int NB>
@@ -86,22 +87,22 @@ struct Options {
   float scale, softcap;
 };
 
-// One chunk of keys for all queries of one key head: unnormalised sums, with each row's maximum and weight.
+// One chunk of keys for `rows` queries of one key head, from `start` on: unnormalised sums, with each row's maximum and
+// weight.
 template <typename T>
 void chunk(const Shape& s, const Options& o, const Mask& mask, const float* q, const T* k, int64_t k_stride, const T* v,
-           int64_t v_stride, int64_t b, int64_t g, int64_t first, int64_t count, float* p, float* top, float* weight,
-           float* out) {
-  const int64_t M = s.groups() * s.Q;
+           int64_t v_stride, int64_t b, int64_t g, int64_t start, int64_t rows, int64_t first, int64_t count, float* p,
+           float* top, float* weight, float* out) {
   const float never = -std::numeric_limits<float>::infinity();
   int64_t m = 0;
-  for (; m + 4 <= M; m += 4) scores<T, 4>(q + m * s.D, s.D, k, k_stride, count, p + m * CHUNK);
-  if (M - m == 3) scores<T, 3>(q + m * s.D, s.D, k, k_stride, count, p + m * CHUNK);
-  if (M - m == 2) scores<T, 2>(q + m * s.D, s.D, k, k_stride, count, p + m * CHUNK);
-  if (M - m == 1) scores<T, 1>(q + m * s.D, s.D, k, k_stride, count, p + m * CHUNK);
+  for (; m + 4 <= rows; m += 4) scores<T, 4>(q + m * s.D, s.D, k, k_stride, count, p + m * CHUNK);
+  if (rows - m == 3) scores<T, 3>(q + m * s.D, s.D, k, k_stride, count, p + m * CHUNK);
+  if (rows - m == 2) scores<T, 2>(q + m * s.D, s.D, k, k_stride, count, p + m * CHUNK);
+  if (rows - m == 1) scores<T, 1>(q + m * s.D, s.D, k, k_stride, count, p + m * CHUNK);
   const int64_t padded = (count + W - 1) / W * W;
-  for (m = 0; m < M; m++) {
+  for (m = 0; m < rows; m++) {
     float* row = p + m * CHUNK;
-    const int64_t h = g * s.groups() + m / s.Q, i = m % s.Q;
+    const int64_t h = g * s.groups() + (start + m) / s.Q, i = (start + m) % s.Q;
     for (int64_t n = 0; n < count; n++) row[n] *= o.scale;
     if (o.softcap > 0)
       for (int64_t n = 0; n < count; n++) row[n] = std::tanh(row[n] / o.softcap) * o.softcap;
@@ -125,10 +126,10 @@ void chunk(const Shape& s, const Options& o, const Mask& mask, const float* q, c
     }
     weight[m] = sum(total);
   }
-  for (m = 0; m + 4 <= M; m += 4) values<T, 4>(p + m * CHUNK, v, v_stride, count, out + m * s.Dv, s.Dv);
-  if (M - m == 3) values<T, 3>(p + m * CHUNK, v, v_stride, count, out + m * s.Dv, s.Dv);
-  if (M - m == 2) values<T, 2>(p + m * CHUNK, v, v_stride, count, out + m * s.Dv, s.Dv);
-  if (M - m == 1) values<T, 1>(p + m * CHUNK, v, v_stride, count, out + m * s.Dv, s.Dv);
+  for (m = 0; m + 4 <= rows; m += 4) values<T, 4>(p + m * CHUNK, v, v_stride, count, out + m * s.Dv, s.Dv);
+  if (rows - m == 3) values<T, 3>(p + m * CHUNK, v, v_stride, count, out + m * s.Dv, s.Dv);
+  if (rows - m == 2) values<T, 2>(p + m * CHUNK, v, v_stride, count, out + m * s.Dv, s.Dv);
+  if (rows - m == 1) values<T, 1>(p + m * CHUNK, v, v_stride, count, out + m * s.Dv, s.Dv);
 }
 
 // Keys and values of a cache: where element (row, head, position, 0) lies.
@@ -196,14 +197,16 @@ struct Attention {
     }
     begins.push_back(tasks.size());
     const int64_t count = tasks.size();
-    std::vector<float> p(M * CHUNK), total(s.Dv);
+    const int64_t slices = (M + SLICE - 1) / SLICE;
+    std::vector<float> p(SLICE * CHUNK), total(s.Dv);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < count; t++) {
-      const Task& task = tasks[t];
-      float* to = partial + t * size;
-      chunk<T>(s, o, mask, queries + (task.b * s.H + task.g * s.groups()) * s.Q * s.D,
-               k.at(task.b, task.g, task.first), k.row, v.at(task.b, task.g, task.first), v.row, task.b, task.g,
-               task.first, task.count, p.data(), to, to + M, to + 2 * M);
+    for (int64_t t = 0; t < count * slices; t++) {
+      const Task& task = tasks[t / slices];
+      const int64_t start = t % slices * SLICE, rows = std::min(SLICE, M - start);
+      float* const to = partial + t / slices * size;
+      chunk<T>(s, o, mask, queries + ((task.b * s.H + task.g * s.groups()) * s.Q + start) * s.D,
+               k.at(task.b, task.g, task.first), k.row, v.at(task.b, task.g, task.first), v.row, task.b, task.g, start,
+               rows, task.first, task.count, p.data(), to + start, to + M + start, to + 2 * M + start * s.Dv);
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < s.B * s.H * s.Q; row++) {

@@ -67,6 +67,18 @@ inline vec load(const bf16* p) {
 }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof(v)); }
 
+// As `narrow` rounds, but in the upper halves.
+inline uvec rounded(vec v) {
+  uvec bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  const uvec nan = uvec{} + 0x7fc00000u;
+  return v == v ? bits + 0x7fff + (bits >> 16 & 1) : nan;
+}
+inline void store(bf16* p, vec v) {
+  const hvec h = __builtin_convertvector(rounded(v) >> 16, hvec);
+  std::memcpy(p, &h, sizeof(h));
+}
+
 // Sums over the lanes of N vectors at once: halves of neighbours are put side by side and added, again and again. Every
 // sum adds the same lanes in the same order, whatever N is.
 template <int N, int GROUP = W / 2, size_t... I>

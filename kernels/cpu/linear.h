@@ -1,9 +1,25 @@
 // Linear layers of a few rows, and gated MLPs made of them, for a team of threads: what runs inside a parallel region.
 #pragma once
 
+#include <tuple>
+
 #include "lora.h"
+#include "tiles.h"
 
 namespace skipc {
+
+// Rows of x, as products in one thread read them.
+template <typename T>
+struct Operand {
+  const float* x;  // see `spread`
+  int64_t R, K;
+  std::optional<Tiles> tiles;
+
+  Operand(const float* x, int64_t R, int64_t K) : x(x), R(R), K(K) {
+    if constexpr (std::is_same_v<T, bf16>)
+      if (tiles_used()) tiles.emplace(x, R, K);
+  }
+};
 
 // One of several weights that are multiplied in one go, and where its outputs begin.
 template <typename T>
@@ -14,8 +30,11 @@ struct Part {
   Product<T> product = nullptr;  // see `tune`
 
   // sums[r * BLOCK + n]: x times `count` weights from `row` on.
-  void multiply(const float* x, int64_t R, int64_t K, int64_t row, int64_t count, float* sums) const {
+  void multiply(Operand<T>& rows, int64_t row, int64_t count, float* sums) const {
     const T* at = w + row * stride;
+    if constexpr (std::is_same_v<T, bf16>)
+      if (rows.tiles) return rows.tiles->multiply(at, stride, count, sums);
+    const auto [x, R, K] = std::tuple(rows.x, rows.R, rows.K);
     count == BLOCK ? product(x, R, K, at, stride, sums) : block<T>(count, x, R, K, at, stride, sums);
   }
 };
@@ -62,21 +81,31 @@ void linears(const float* x, int64_t R, int64_t K, const std::vector<Part<T>>& p
              const Wanted& wanted, float* bridge) {
   const bool adapted = shrink<T>(x, R, K, parts, wanted, bridge);
   const int64_t total = parts.back().first + parts.back().count;
+  Operand<T> rows(x, R, K);
   std::vector<float> sums(R * BLOCK);
   share(total, [&](int64_t begin, int64_t size) {
     for (const Part<T>& p : parts) {
       const int64_t n = std::max(begin, p.first), count = std::min(begin + size, p.first + p.count) - n;
       if (count <= 0) continue;
       const int64_t row = n - p.first;
-      p.multiply(x, R, K, row, count, sums.data());
+      p.multiply(rows, row, count, sums.data());
       if (adapted && p.low.a) expand(p.low, R, row, count, wanted, bridge, sums.data());
-      for (int64_t r = 0; r < R; r++)
+      for (int64_t r = 0; r < R; r++) {
+        const int64_t to = r * total + n;
+        if (count == BLOCK) {
+          vec s = load(sums.data() + r * BLOCK);
+          if (p.b) s += load(p.b + row);
+          if (residual) s += load(residual + to);
+          store(out + to, s);
+          continue;
+        }
         for (int64_t i = 0; i < count; i++) {
           float s = sums[r * BLOCK + i];
           if (p.b) s += widen(p.b[row + i]);
-          if (residual) s += widen(residual[r * total + n + i]);
-          narrow(s, out + r * total + n + i);
+          if (residual) s += widen(residual[to + i]);
+          narrow(s, out + to + i);
         }
+      }
     }
   });
 }
@@ -164,11 +193,19 @@ struct GatedMLP {
   // Called by every thread of a team; `hidden` is theirs in common. Ends without a barrier.
   void run(const T* x, const T* residual, T* out, float* hidden) const {
     float* const between = hidden + R * inner;
-    const std::vector<float> rows = prepare(x, R, K, norm, eps);
+    const std::vector<float> normed = prepare(x, R, K, norm, eps);
+    const bool adapted = shrink<T>(normed.data(), R, K, entry, wanted, between);
+    enter(Operand<T>(normed.data(), R, K), adapted, hidden);
+#pragma omp barrier
+    linears<T>(hidden, R, inner, exit, residual, out, wanted, between);
+  }
+
+  // hidden = activation of gate times up, as products of the exit read it. Called by every thread of a team.
+  void enter(Operand<T> rows, bool adapted, float* hidden) const {
+    const float* const between = hidden + R * inner;
     std::vector<float> a(R * BLOCK + W), b(R * BLOCK + W);  // read by whole vectors
-    const bool adapted = shrink<T>(rows.data(), R, K, entry, wanted, between);
     const auto product = [&](const Part<T>& p, int64_t n, int64_t count, float* sums) {
-      p.multiply(rows.data(), R, K, n, count, sums);
+      p.multiply(rows, n, count, sums);
       if (adapted && p.low.a) expand(p.low, R, n, count, wanted, between, sums);
     };
     share(inner, [&](int64_t n, int64_t count) {
@@ -176,11 +213,8 @@ struct GatedMLP {
       product(entry[1], n, count, b.data());
       for (int64_t i = 0; i < R * BLOCK; i += W)
         store(a.data() + i, activate(load(a.data() + i), activation) * load(b.data() + i));
-      for (int64_t r = 0; r < R; r++)
-        for (int64_t i = 0; i < count; i++) hidden[r * inner + spread_index<T>(n + i, inner)] = a[r * BLOCK + i];
+      for (int64_t r = 0; r < R; r++) spread_block<T>(a.data() + r * BLOCK, n, count, hidden + r * inner, inner);
     });
-#pragma omp barrier
-    linears<T>(hidden, R, inner, exit, residual, out, wanted, between);
   }
 };
 

@@ -4,6 +4,8 @@
 #include <memory>
 #include <mutex>
 
+#include "tiles.h"
+
 namespace skipc {
 
 // Sizes from `low` to `high`: bits of the dtype, rows of x, columns and rows of the weights; and how these are read.
@@ -80,6 +82,17 @@ void tune_products(std::vector<int64_t> rows) {
   ways = std::move(made);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(skipc, CompositeExplicitAutograd, m) { m.impl("tune_products", TORCH_BOX(&tune_products)); }
+bool use_tiles(bool wanted) {
+  tiles_wanted = wanted;
+  return tiles_used();
+}
+
+bool tiles() { return tiles_used(); }
+
+STABLE_TORCH_LIBRARY_IMPL(skipc, CompositeExplicitAutograd, m) {
+  m.impl("tune_products", TORCH_BOX(&tune_products));
+  m.impl("use_tiles", TORCH_BOX(&use_tiles));
+  m.impl("tiles", TORCH_BOX(&tiles));
+}
 
 }  // namespace skipc

@@ -41,6 +41,21 @@ inline int64_t spread_index(int64_t i, int64_t count) {
   return i / (2 * W) * (2 * W) + i % 2 * W + i % (2 * W) / 2;
 }
 
+// Elements `first` to `first + count` of a row of `size`, at most W of them and `first` a multiple of W, to where they lie
+// after `spread`.
+template <typename T>
+inline void spread_block(const float* from, int64_t first, int64_t count, float* row, int64_t size) {
+  if (sizeof(T) == 2 && first < size / (2 * W) * (2 * W)) {  // all of them, then
+    float* const to = row + first / (2 * W) * (2 * W) + first % (2 * W) / 2;
+    for (int i = 0; i < W / 2; i++) {
+      to[i] = from[2 * i];
+      to[W + i] = from[2 * i + 1];
+    }
+  } else {
+    std::copy_n(from, count, row + first);
+  }
+}
+
 // Rows of x as the kernels want them, after an RMS norm if there is one (in fp32, rounded nowhere).
 template <typename T>
 std::vector<float> prepare(const T* rows, int64_t R, int64_t K, const T* norm, double eps) {
