@@ -229,7 +229,7 @@ def main(
     model, tokenizer = load_smollm2(getattr(torch, dtype))
     compiled = skipc.compile(model, fullgraph=True, on_error="raise")
     how: dict[str, Any] = {"max_new_tokens": new} | ({"eos_token_id": None} if past_end else {})
-    judging = tuple(map(int, widths.split(","))) if widths else skipc.Speculation().widths_for(batch)[1:]
+    judging = tuple(map(int, widths.split(","))) if widths else skipc.Speculation().widths_for(batch, model)[1:]
     if not judging:
         raise click.UsageError(f"by default batches of {batch} are plain: give --widths")
     ways = {

@@ -276,7 +276,11 @@ def main() -> None:
     plan = train_adapter(model, half // 2, batches, given.folder / "exit.safetensors")
     router = train_router(model, half, batches, given.folder / "router.safetensors")
     drafts = {f"{d} of {2 * half} layers": skipc.SelfDraft(depth=d) for d in (1, 2, 3, 4, half)}
-    measure(model, unseen, {**drafts, f"{half // 2} and the adapter": skipc.SelfDraft(plan)})
+    adaptive = skipc.AdaptiveDraft(depth=4)
+    drafts |= {f"{half // 2} and the adapter": skipc.SelfDraft(plan), "from 4 on, adaptive": adaptive}
+    measure(model, unseen, drafts)
+    assert adaptive.current is not None
+    print(f"{'which has come to run':>24} {2 * 2 * half - len(adaptive.current.skip)} of {2 * 2 * half} sublayers")
     measure_router(model, router, half, unseen)
 
 

@@ -75,7 +75,7 @@ def generate(
     if max_new_tokens == 0:
         return input_ids
     speculation = _speculation(speculative, model, batch, bool(logits_processor))
-    more = max(speculation.widths_for(batch)) if speculation is not None else 0
+    more = max(speculation.widths_for(batch, model)) if speculation is not None else 0
     padded = attention_mask is not None or (speculation is not None and batch > 1)
     decoder = decoder_for(compiled, model, call, batch, prompt + max_new_tokens + more, padded)
     if speculation is not None and not decoder.rewinds:
@@ -132,7 +132,7 @@ def _speculated(
     rules: Rules,
 ) -> torch.Tensor:
     """New tokens, int64 ``[batch, new]``, as many at a time as drafts get right."""
-    widths = speculation.widths_for(len(input_ids))
+    widths = speculation.widths_for(len(input_ids), decoder.model)
     keys = tuple(getattr(draft, "key", type(draft)) for draft in speculation.drafts)
     pace = decoder.paces.setdefault((keys, widths, rules.sample), Pace(widths, len(input_ids)))
     request = Request(decoder, input_ids, mask, logits, rules, speculation.drafts, pace, speculation.stats)
@@ -154,7 +154,7 @@ def _speculation(asked: bool | Speculation, model: Any, batch: int, processed: b
     why = None
     if session is not None and session.steering is not None:
         why = "a policy decides by calls, of which there would be fewer"
-    elif len(speculation.widths_for(batch)) == 1:
+    elif len(speculation.widths_for(batch, model)) == 1:
         why = "calls of so many rows take their own time, however few weights they share"
     elif batch > 1 and processed:
         why = "processors may look at all rows together, which would be at different tokens"

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     )
     from skipc.runtime.session_stats import SessionStats
     from skipc.runtime.sessions import Session
+    from skipc.runtime.speculation.adaptive import AdaptiveDraft
     from skipc.runtime.speculation.drafts import Draft, ModelDraft, PromptLookup, Proposal
     from skipc.runtime.speculation.memory import NGramCache
     from skipc.runtime.speculation.self_draft import SelfDraft
@@ -94,6 +95,7 @@ _HOME = {
     ],
     "skipc.runtime.session_stats": ["SessionStats"],
     "skipc.runtime.sessions": ["Session"],
+    "skipc.runtime.speculation.adaptive": ["AdaptiveDraft"],
     "skipc.runtime.speculation.drafts": ["Draft", "ModelDraft", "PromptLookup", "Proposal"],
     "skipc.runtime.speculation.memory": ["NGramCache"],
     "skipc.runtime.speculation.self_draft": ["SelfDraft"],
@@ -102,15 +104,15 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "AdaSkip", "Adapter", "AdapterBank", "AdapterError", "AdapterRouter", "Affine", "AlreadyCompiledError", "Call",
-    "CompiledModel", "Config", "ConfigError", "Draft", "EarlyExit", "Explanation", "FFNSkip", "FallbackError",
-    "FoundDraft", "GateTable", "Lagged", "LoRA", "LowRank", "ModelDraft", "NGramCache", "NoResidualStreamError",
-    "Observe", "PassError", "Plan", "PlanError", "Policy", "PredictionExit", "Profile", "ProfileError",
-    "PromptLookup", "Proposal", "Reason", "Rejection", "Route", "Routed", "SelfDraft", "Session", "SessionError",
-    "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode", "SkipcError", "Speculation",
-    "SpeculationStats", "Static", "Unified", "UnknownSiteError", "VersionError", "Worthwhile", "calibrate", "compile",
-    "explain", "find_draft", "find_sites", "generate", "generation_mode", "list_options", "merge_adapters", "package",
-    "session",
+    "AdaSkip", "Adapter", "AdapterBank", "AdapterError", "AdapterRouter", "AdaptiveDraft", "Affine",
+    "AlreadyCompiledError", "Call", "CompiledModel", "Config", "ConfigError", "Draft", "EarlyExit", "Explanation",
+    "FFNSkip", "FallbackError", "FoundDraft", "GateTable", "Lagged", "LoRA", "LowRank", "ModelDraft", "NGramCache",
+    "NoResidualStreamError", "Observe", "PassError", "Plan", "PlanError", "Policy", "PredictionExit", "Profile",
+    "ProfileError", "PromptLookup", "Proposal", "Reason", "Rejection", "Route", "Routed", "SelfDraft", "Session",
+    "SessionError", "SessionStats", "SessionThreadError", "Site", "SiteKind", "SiteReport", "SkipDecode",
+    "SkipcError", "Speculation", "SpeculationStats", "Static", "Unified", "UnknownSiteError", "VersionError",
+    "Worthwhile", "calibrate", "compile", "explain", "find_draft", "find_sites", "generate", "generation_mode",
+    "list_options", "merge_adapters", "package", "session",
 ]  # fmt: skip
 
 

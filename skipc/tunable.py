@@ -124,17 +124,22 @@ def layers_of(model: torch.nn.Module, **inputs: Any) -> tuple[Layer, ...]:
 
 
 def cpu_problems(work: Work) -> list[Problem]:
-    """The problem ``skinny_linear`` of each layer, dtype and number of rows that the native kernels take.
+    """The problem ``skinny_linear`` of each layer, dtype and number of rows that the native kernels take with vectors: in
+    tile registers there is one way to read weights.
 
     Raises:
-        ConfigError: without native kernels, naming the reason.
+        ConfigError: without native kernels, naming the reason, or if there is nothing to tune.
     """
     reason = native.available()
     if reason is not None:
         raise ConfigError(f"there are no native kernels to tune: {reason}")
+    tiled = [torch.bfloat16] if native.tiles() else []
+    if set(work.dtypes) <= set(tiled):
+        raise ConfigError("bf16 layers run in this CPU's tile registers, where there is nothing to tune")
     return [
         _skinny_linear(layer, dtype, rows)
         for dtype in work.dtypes
+        if dtype not in tiled
         for layer in work.layers
         for rows in work.rows
         if rows <= max_rows(dtype)

@@ -67,7 +67,10 @@ class SelfDraft:
         """See :class:`ModelDraft`."""
         self._decoder, self._goes_on, self._watched = decoder, goes_on, watched
         self._plan = self.plan_for(decoder.model)
-        self._session = _session(decoder.model, self._plan, "none")  # what is written is written over anyway
+        self._session = self._opened(self._plan)
+
+    def _opened(self, plan: Plan) -> Session:
+        return _session(self._decoder.model, plan, "none")  # what is written is written over anyway
 
     def start(self, rows: Sequence[Sequence[int]]) -> None:
         """A new request with these prompts."""

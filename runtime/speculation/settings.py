@@ -6,12 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+from skipc.kernels import native
+from skipc.kernels.device import on_cpu
 from skipc.runtime.speculation.drafts import Draft, PromptLookup
 
 from skipc.ir.errors import ConfigError
 
 _WIDTHS = (2, 4, 8)
 _ROWS = 12  # of a call, at most: more take their own time, however few weights they share (measured on CPUs)
+_ROWS_OF_TILES = 16  # where products use tile registers
 
 
 @dataclass
@@ -69,7 +73,10 @@ class Speculation:
         self.widths = tuple(widths) if widths is not None else None
         self.stats = SpeculationStats()
 
-    def widths_for(self, batch: int) -> tuple[int, ...]:
-        """Of all calls, plain ones included."""
-        chosen = self.widths or [w for w in _WIDTHS if batch * w <= _ROWS][-2:]
-        return (1, *chosen)
+    def widths_for(self, batch: int, model: torch.nn.Module) -> tuple[int, ...]:
+        """Of all calls of a model, plain ones included."""
+        if self.widths is not None:
+            return (1, *self.widths)
+        weight = next(model.parameters())
+        tiles = weight.dtype == torch.bfloat16 and on_cpu(weight) and native.tiles()
+        return (1, *[w for w in _WIDTHS if batch * w <= (_ROWS_OF_TILES if tiles else _ROWS)][-2:])

@@ -22,6 +22,7 @@ from skipc.kernels.device import wait_for
 from skipc.model import CompiledModel
 from skipc.runtime.decoder import Decoder, cache_length
 from skipc.runtime.sessions import sites_of
+from skipc.runtime.speculation.adaptive import changed
 from skipc.runtime.speculation.pace import promise
 from skipc.runtime.speculation.self_draft import SelfDraft
 from skipc.runtime.speculation.settings import Speculation
@@ -111,7 +112,7 @@ def find_draft(
     found = [times.judge(plan, trial.agreement(plan)) for plan in made]
     draw, best = random.Random(seed), max(found, key=lambda f: f.promise)
     for _ in range(trials):
-        plan = _changed(best.plan, sites, draw)
+        plan = changed(best.plan, sites, draw)
         found.append(times.judge(plan, trial.agreement(plan)))
         best = max(best, found[-1], key=lambda f: f.promise)
     unlike = {f.plan.key: f for f in sorted(found, key=lambda f: f.promise)}
@@ -147,7 +148,7 @@ class _Times:
 
     def __init__(self, compiled: CompiledModel, batch: int, context: int, prompts: torch.Tensor):
         self.compiled, self.regime = compiled, Regime("decode", batch, 1, context)
-        self.widths = Speculation().widths_for(batch)
+        self.widths = Speculation().widths_for(batch, compiled.model)
         row = prompts[:1].expand(batch, -1).contiguous()
         with compiled.session(measure=True) as session:
             decoder = Decoder(compiled.model, compiled, batch, cache_length(context + max(self.widths)), padded=False)
@@ -213,12 +214,3 @@ def _planned(sites: Sequence[Site], alone: Mapping[str, float], seconds: Mapping
     for share in _SAVED:
         chosen = choose(options, share * total * 0.999)
         yield _drafting(Plan(name for name, option in chosen.items() if option.action == SKIP))
-
-
-def _changed(plan: Plan, sites: Sequence[Site], draw: random.Random) -> Plan:
-    """The plan with one sublayer more or less, or with another."""
-    free = [s.name for s in sites if s.name not in plan.replace]
-    skip = set(plan.skip)
-    for name in draw.sample(free, min(len(free), draw.choice((1, 2)))):
-        skip ^= {name}
-    return Plan(skip, plan.weights, plan.expected, plan.kv, plan.replace)

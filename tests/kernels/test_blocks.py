@@ -19,7 +19,7 @@ LENGTH, DIM = 300, 24
 
 
 @pytest.fixture(autouse=True)
-def _built() -> None:
+def _built(products: None) -> None:
     assert native.available() is None
 
 

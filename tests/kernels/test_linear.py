@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def _built() -> None:
+def _built(products: None) -> None:
     assert native.available() is None
 
 
@@ -52,17 +52,18 @@ def test_against_fp64(rows: int, width: int, heights: list[int], dtype: torch.dt
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
-    x, weights, biases = case(16, 100, [37, 64], dtype)
-    alone = torch.cat([linears(x[i : i + 1], weights, biases) for i in range(16)])
-    for rows in range(1, 17):
+    x, weights, biases = case(35, 100, [37, 64], dtype)
+    alone = torch.cat([linears(x[i : i + 1], weights, biases) for i in range(35)])
+    for rows in (*range(1, 18), 32, 35):
         assert torch.equal(linears(x[:rows].contiguous(), weights, biases), alone[:rows])
     one_by_one = [linears(x, [w], [b]) for w, b in zip(weights, biases, strict=True)]
     assert torch.equal(torch.cat(one_by_one, -1), linears(x, weights, biases))
 
 
 @needs_compiler
-def test_any_number_of_threads_gives_the_same_bits() -> None:
-    x, weights, biases = case(3, 576, [576, 192], torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
+    x, weights, biases = case(3, 576, [576, 190], dtype)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 8):
@@ -85,6 +86,28 @@ def test_leading_dimensions_strided_weights_and_special_values() -> None:
     assert linears(torch.randn(0, 40), [w], [None]).shape == (0, 6)
     with pytest.raises(RuntimeError, match="contiguous"):
         linears(torch.randn(40, 3).t(), [w], [None])
+
+
+@needs_compiler
+def test_a_value_that_is_no_number_stays_where_it_is() -> None:
+    x, (w,), _ = case(5, 97, [37], torch.bfloat16)
+    clean = linears(x, [w], [None])
+    x[2, 40], w[20, 3], w[20, 96] = float("nan"), float("inf"), float("nan")
+    found = linears(x, [w], [None])
+    assert found[2].isnan().all()
+    assert found[:, 20].isnan().all()
+    others = torch.ones(5, 37, dtype=torch.bool)
+    others[2], others[:, 20] = False, False
+    assert torch.equal(found[others], clean[others])
+
+
+@needs_compiler
+@pytest.mark.parametrize("count", [5, 16, 31])
+def test_weights_end_where_memory_does(count: int) -> None:
+    x, (w,), _ = case(3, 64, [count], torch.bfloat16)
+    room = torch.full((count + 64, 64), float("nan"), dtype=torch.bfloat16)
+    room[:count] = w
+    assert torch.equal(linears(x, [room[:count]], [None]), linears(x, [w], [None]))
 
 
 @needs_compiler

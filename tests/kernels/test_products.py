@@ -18,7 +18,10 @@ from skipc.ir.errors import ConfigError
 from tests.harness import in_threads
 from tests.kernels.test_blocks import case, native_block
 
-pytestmark = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("vectors"),  # in tile registers there is one way
+]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -32,6 +35,12 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.undo()
     tables.forget()
     assert native.available() is None
+
+
+@pytest.fixture
+def vectors() -> Iterator[None]:
+    with native.without_tiles():
+        yield
 
 
 def row(choice: Choice, **when: tuple[int, int]) -> Row:

@@ -70,12 +70,13 @@ def drafts() -> dict[str, Any]:
         "exit": skipc.SelfDraft(depth=1),
         "first attention": skipc.SelfDraft(["model.layers.0.self_attn"]),
         "adapter": skipc.SelfDraft(replaced),
+        "adaptive": skipc.AdaptiveDraft(SKIP),
         "several": [skipc.PromptLookup(), skipc.SelfDraft(SKIP), skipc.SelfDraft(["model.layers.0.mlp"])],
     }
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("kind", ["skip", "exit", "first attention", "adapter", "several"])
+@pytest.mark.parametrize("kind", ["skip", "exit", "first attention", "adapter", "adaptive", "several"])
 def test_greedy_tokens_are_the_same(llama: Any, kind: str, batch: int) -> None:
     plain, ours, stats = both(llama, batch, drafts()[kind])
     assert torch.equal(ours, plain)

@@ -338,7 +338,8 @@ def test_models_without_positions_speculate_in_one_row_alone(llama: Any, monkeyp
 
 def test_many_rows_are_not_widened_unless_told(llama: Any) -> None:
     speculation = skipc.Speculation()
-    assert [speculation.widths_for(batch) for batch in (1, 3, 6, 7)] == [(1, 4, 8), (1, 2, 4), (1, 2), (1,)]
+    widths = [speculation.widths_for(batch, llama.model) for batch in (1, 3, 6, 7)]
+    assert widths == [(1, 4, 8), (1, 2, 4), (1, 2), (1,)]
     assert generation._speculation(speculation, llama.model, 7, False) is None
     assert "many rows" in str(speculation.stats.plain)
     assert generation._speculation(skipc.Speculation(widths=[4]), llama.model, 7, False) is not None

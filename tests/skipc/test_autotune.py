@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -200,12 +201,14 @@ def test_layers_are_joined_as_passes_join_them(name: str) -> None:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rounds, and layers that any cache holds."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few rounds, and layers that any cache holds; on a CPU without tile registers."""
     monkeypatch.setattr(autotune, "SCREENING", (1, 1))
     monkeypatch.setattr(autotune, "ROUNDS", 2)
     monkeypatch.setattr(tunable, "bandwidth", lambda: 1e15)
     monkeypatch.setattr(tunable, "MOST_COPIES", 3)
+    with native.without_tiles():
+        yield
 
 
 def run(*arguments: str) -> str:
@@ -252,6 +255,15 @@ def test_the_command_reads_a_model(tmp_path: Path) -> None:
     ZOO["llama"].build().save_pretrained(folder)  # type: ignore[operator]
     printed = run("--model", str(folder), "--rows", "2", "--dtype", "float32", "--seconds", "0")
     assert "time was up before 5 others" in printed
+
+
+@pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
+def test_bf16_has_nothing_to_tune_in_tile_registers(own_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "tiles", lambda: True)
+    work = tunable.Work(tunable.COMMON[:1], (torch.float32, torch.bfloat16), (1, 16))
+    assert [p.sizes["dtype_bits"] for p in tunable.cpu_problems(work)] == [32, 32]
+    with pytest.raises(ConfigError, match="nothing to tune"):
+        tunable.cpu_problems(dataclasses.replace(work, dtypes=(torch.bfloat16,)))
 
 
 def test_mistakes_are_told_in_a_line(own_tables: Path) -> None:
