@@ -1,7 +1,7 @@
 """Builds the C++ kernels of ``kernels/cpu`` once per machine, with the compiler that Inductor needs anyway.
 
-Where the CPU has tile registers (Intel AMX), products with bf16 weights use them, unless ``SKIPC_TILES=0`` says otherwise
-(``kernels/cpu/tiles.h``): other bits than those of vectors, and hardly more time for 16 rows than for one.
+Where the CPU has tile registers (Intel AMX), products with bf16 weights use them, unless ``SKIPC_TILES=0`` says
+otherwise (``kernels/cpu/tiles.h``): other bits than those of vectors, and hardly more time for 16 rows than for one.
 
 The library speaks torch's stable ABI, so it survives patch releases of torch. It is kept outside Inductor's cache, in
 ``SKIPC_CACHE_DIR`` (default: ``~/.cache/skipc``), under a name that holds sources, compiler, flags, CPU and torch.
@@ -65,8 +65,8 @@ def tiles() -> bool:
 
 @contextmanager
 def without_tiles() -> Iterator[None]:
-    """Products use vectors alone in the block, as on CPUs without tile registers. For tests and benchmarks: it holds for
-    the process, not while kernels run."""
+    """Products use vectors alone in the block, as on CPUs without tile registers. For tests and benchmarks: it holds
+    for the process, and is not for changing while kernels run."""
     before = tiles()
     torch.ops.skipc.use_tiles(False)
     try:

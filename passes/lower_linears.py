@@ -14,8 +14,8 @@ from torch import fx
 
 
 class LowerLinears(Pass):
-    """Turn linear layers of few rows (fp32: 16, bf16: 8) into the native kernel: those that share an input into one
-    call, with the RMS norm before them, and a residual sum behind a single one.
+    """Turn linear layers of few rows (16; bf16 on CPUs without tile registers: 8) into the native kernel: those that
+    share an input into one call, with the RMS norm before them, and a residual sum behind a single one.
 
     Before::
 

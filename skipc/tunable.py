@@ -124,8 +124,8 @@ def layers_of(model: torch.nn.Module, **inputs: Any) -> tuple[Layer, ...]:
 
 
 def cpu_problems(work: Work) -> list[Problem]:
-    """The problem ``skinny_linear`` of each layer, dtype and number of rows that the native kernels take with vectors: in
-    tile registers there is one way to read weights.
+    """The problem ``skinny_linear`` of each layer, dtype and number of rows that the native kernels take with vectors:
+    in tile registers there is one way to read weights.
 
     Raises:
         ConfigError: without native kernels, naming the reason, or if there is nothing to tune.

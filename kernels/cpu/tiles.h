@@ -87,6 +87,7 @@ class Tiles {
       for (int i = 0; i < W; i++) std::memcpy(to + 2 * i * cols, each + i, sizeof(uint32_t));
     }
   }
+
   void configure(int64_t count, int64_t cols) {
     if (count == weights && cols == columns) return;
     Config c;
@@ -118,7 +119,6 @@ class Tiles {
 
 #else
 
-inline bool tiles_permitted() { return false; }
 inline bool tiles_used() { return false; }
 
 struct Tiles {

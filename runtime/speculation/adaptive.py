@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("skipc")
 
-_FEWEST, _MOST = 12, 64  # rounds of each plan in a trial
-_SURE, _HOPELESS = 2.0, -1.0  # standard errors at which a trial ends early
+_FEWEST, _MOST = 16, 256  # rounds of each plan in a trial: with so many a difference of a tenth is seen
+_SURE, _HOPELESS = 2.5, -1.0  # standard errors at which a trial ends early
+_LIKELY = 1.5  # those that are enough at its end
 _REST, _LONGEST_REST = 16, 1024  # rounds between trials, twice as many after each that changed nothing
 _OUTLIER = 3.0  # medians that a round may take
 
@@ -63,14 +64,14 @@ class AdaptiveDraft(SelfDraft):
     """A :class:`SelfDraft` that changes what it leaves out while it drafts, for the text at hand (as SWIFT does, arXiv
     2410.06916). Nothing is compiled for that, and no call is made that would not be made anyway.
 
-    Now and then a challenger, the plan with one or two sublayers more or less, drafts in turns with the plan, until one
-    of them is seen to bring more tokens in a second, the calls that judge drafts included. (SWIFT compares plans on
-    tokens that came before, in calls of their own.) What was found stays with the object, for the next request: keep it,
-    and give it to each.
+    Now and then a challenger, the plan with a layer, a sublayer or two more or less, drafts in turns with the plan,
+    until one of them is seen to bring more tokens in a second, the calls that judge drafts included. (SWIFT compares
+    plans on tokens that came before, in calls of their own.) What was found stays with the object, for the next
+    request: keep it, and give it to each.
 
     Args:
-        plan, depth: what to begin with, as for :class:`SelfDraft`; best what :func:`skipc.find_draft` found. A plan that
-            does not pay is hardly asked, and so hardly changes.
+        plan, depth: what to begin with, as for :class:`SelfDraft`; best what :func:`skipc.find_draft` found. A plan
+            that does not pay is hardly asked, and so hardly changes.
         seed: of the changes.
 
     Attributes:
@@ -148,7 +149,8 @@ class AdaptiveDraft(SelfDraft):
     def _next(self) -> _Arm:
         """Which plan drafts in this round."""
         arm, challenger = self._arm, self._challenger
-        assert arm is not None and self._model is not None
+        assert arm is not None
+        assert self._model is not None
         if challenger is not None and self._over(arm, challenger):
             challenger = self._challenger = None
             arm = self._arm or arm
@@ -169,7 +171,7 @@ class AdaptiveDraft(SelfDraft):
         gain = math.log(challenger.speed / arm.speed) / max(math.hypot(arm.error, challenger.error), 1e-3)
         if _HOPELESS < gain < _SURE and rounds < _MOST:
             return False
-        if gain > (1.0 if rounds >= _MOST else _SURE):
+        if gain > (_LIKELY if rounds >= _MOST else _SURE):
             log.info("drafts leave out %d sites from now on, not %d", len(challenger.plan.skip), len(arm.plan.skip))
             self._arm, self._rest = challenger, _REST
         else:
@@ -179,9 +181,16 @@ class AdaptiveDraft(SelfDraft):
 
 
 def changed(plan: Plan, sites: Sequence[Site], draw: random.Random) -> Plan:
-    """The plan with one sublayer more or less, or with two of that."""
-    free = [s.name for s in sites if s.name not in plan.replace]
+    """The plan with one sublayer more or less, with two of that, or with a layer more or less."""
+    free = [s for s in sites if s.name not in plan.replace]
     skip = set(plan.skip)
-    for name in draw.sample(free, min(len(free), draw.choice((1, 2)))):
-        skip ^= {name}
+    if draw.random() < 0.5:
+        less = draw.random() < 0.5  # where few layers run, or few do not, a change that counts is not to be one of many
+        layers = sorted({s.layer for s in free if (s.name in skip) != less}) or sorted({s.layer for s in free})
+        layer = draw.choice(layers)
+        names = {s.name for s in free if s.layer == layer}
+        skip = skip | names if less else skip - names
+    else:
+        for site in draw.sample(free, min(len(free), draw.choice((1, 2)))):
+            skip ^= {site.name}
     return Plan(skip, plan.weights, plan.expected, plan.kv, plan.replace)

@@ -10,6 +10,7 @@ import torch
 from skipc.runtime.speculation.pace import promise
 
 import skipc
+from skipc.calibration import drafting
 from tests.harness import STRICT
 from tests.models.zoo import ZOO, ids
 
@@ -55,6 +56,15 @@ def test_what_cannot_draft_is_refused() -> None:
     sliding = skipc.compile(ZOO["mistral"].build(), fullgraph=True, **STRICT)
     with pytest.raises(skipc.PlanError, match="slides"):
         skipc.find_draft(sliding, ids(2, 9))
+
+
+def test_what_sites_take_adds_up_to_what_a_step_does() -> None:
+    compiled = skipc.compile(build(), fullgraph=True, **STRICT)
+    times = drafting._Times(compiled, 1, 12, ids(1, 16))
+    everything = times.judge(skipc.Plan(times.seconds), 0.0).cost
+    assert 0.05 < everything < 1
+    half = times.judge(skipc.Plan(s for s in times.seconds if "layers.0" in s), 0.0).cost
+    assert everything < half < 1
 
 
 def test_what_drafts_promise() -> None:
