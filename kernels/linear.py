@@ -65,7 +65,8 @@ def skinny_linear(
         lora: adapters of the weights, of their dtype; see :mod:`skipc.kernels.lora`.
 
     Returns:
-        ``[..., sum(n_i)]``, computed in fp32 and rounded once. A row's result does not depend on the other rows.
+        ``[..., sum(n_i)]``, computed in fp32 and rounded once; natively in bf16 on CPUs with tile registers, the normed
+        rows are rounded, too. A row's result does not depend on the other rows.
     """
     rows = _normed(x, norm, eps)
     parts = [
@@ -97,7 +98,7 @@ def gated_mlp(
         lora: adapters of gate, up and down.
 
     Returns:
-        ``[..., n]``, computed in fp32 and rounded once.
+        ``[..., n]``, computed in fp32 and rounded once; in tile registers, what each layer reads is rounded, too.
     """
     rows = _normed(x, norm, eps)
     if up is None:  # computed like two weights, so that both forms give the same bits

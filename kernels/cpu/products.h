@@ -56,7 +56,7 @@ inline void spread_block(const float* from, int64_t first, int64_t count, float*
   }
 }
 
-// Rows of x as the kernels want them, after an RMS norm if there is one (in fp32, rounded nowhere).
+// Rows of x as the kernels want them, after an RMS norm if there is one (in fp32, rounded nowhere but in tiles.h).
 template <typename T>
 std::vector<float> prepare(const T* rows, int64_t R, int64_t K, const T* norm, double eps) {
   std::vector<float> x(R * K);

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,20 @@ def test_a_broken_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.Monke
     assert reason is not None
     assert "no such header" in reason
     assert not list((tmp_path / "cache").glob("*.so"))
+
+
+@pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
+def test_the_environment_switches_tile_registers_off() -> None:
+    asked = (
+        "from skipc.kernels import native, linear; import torch; print(native.tiles(), linear.max_rows(torch.bfloat16))"
+    )
+    environment = {**os.environ, "SKIPC_TILES": "0"}
+    done = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "8"]
+    here = native.tiles()
+    with native.without_tiles():
+        assert not native.tiles()
+    assert native.tiles() == here
 
 
 def test_without_a_compiler_models_run_and_explain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
