@@ -124,6 +124,13 @@ def timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
     return made, time.perf_counter() - start
 
 
+def first_difference(a: torch.Tensor, b: torch.Tensor, pad: int) -> int | None:
+    """Where two rows go apart. (One of them may be longer: as long as the longest of its batch.)"""
+    longest = max(len(a), len(b))
+    a, b = (torch.nn.functional.pad(row, (0, longest - len(row)), value=pad) for row in (a, b))
+    return next(iter((a != b).nonzero().flatten().tolist()), None)
+
+
 def gap(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> float:
     """Between the top two logits behind ``ids``."""
     top = model(input_ids=ids[mask.bool()][None]).logits[0, -1].float().topk(2).values
@@ -259,9 +266,9 @@ def main(
                 stats = way.stats if isinstance(way, skipc.Speculation) else skipc.SpeculationStats()
                 arms[name].note(took, reading, stats)
                 for row in range(len(made)):
-                    arms[name].same += (same := torch.equal(plain[row], made[row]))
-                    if not same:
-                        at = int((plain[row] != made[row]).nonzero()[0])
+                    at = first_difference(plain[row], made[row], model.generation_config.pad_token_id)
+                    arms[name].same += at is None
+                    if at is not None:
                         mask = torch.cat([given["attention_mask"][row], torch.ones(at - prompt, dtype=torch.long)])
                         record["divergences"].append(
                             {"kind": kind, "token": at - prompt, "gap": gap(model, plain[row, :at], mask)}
