@@ -34,7 +34,7 @@ _FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-
 _lock = threading.Lock()
 
 library.define("tiles() -> bool")  # these of the C++ library alone
-library.define("use_tiles(bool wanted) -> bool")
+library.define("use_tiles(bool wanted) -> ()")
 
 
 def cache_dir() -> Path:

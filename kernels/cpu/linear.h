@@ -1,8 +1,6 @@
 // Linear layers of a few rows, and gated MLPs made of them, for a team of threads: what runs inside a parallel region.
 #pragma once
 
-#include <tuple>
-
 #include "lora.h"
 #include "tiles.h"
 
@@ -34,8 +32,8 @@ struct Part {
     const T* at = w + row * stride;
     if constexpr (std::is_same_v<T, bf16>)
       if (rows.tiles) return rows.tiles->multiply(at, stride, count, sums);
-    const auto [x, R, K] = std::tuple(rows.x, rows.R, rows.K);
-    count == BLOCK ? product(x, R, K, at, stride, sums) : block<T>(count, x, R, K, at, stride, sums);
+    count == BLOCK ? product(rows.x, rows.R, rows.K, at, stride, sums)
+                   : block<T>(count, rows.x, rows.R, rows.K, at, stride, sums);
   }
 };
 

@@ -82,10 +82,7 @@ void tune_products(std::vector<int64_t> rows) {
   ways = std::move(made);
 }
 
-bool use_tiles(bool wanted) {
-  tiles_wanted = wanted;
-  return tiles_used();
-}
+void use_tiles(bool wanted) { tiles_wanted = wanted; }
 
 bool tiles() { return tiles_used(); }
 

@@ -148,20 +148,18 @@ class AdaptiveDraft(SelfDraft):
 
     def _next(self) -> _Arm:
         """Which plan drafts in this round."""
-        arm, challenger = self._arm, self._challenger
-        assert arm is not None
-        assert self._model is not None
-        if challenger is not None and self._over(arm, challenger):
-            challenger = self._challenger = None
-            arm = self._arm or arm
-        if challenger is None:
+        assert self._arm is not None
+        if self._challenger is not None and self._over(self._arm, self._challenger):
+            self._challenger = None
+        arm = self._arm
+        if self._challenger is None:
             self._until -= 1
             if self._until > 0:
                 return arm
             arm.tokens.clear()
             arm.seconds.clear()
-            challenger = self._challenger = _Arm(changed(arm.plan, sites_of(self._model), self._draw))
-        return challenger if len(challenger.tokens) <= len(arm.tokens) else arm
+            self._challenger = _Arm(changed(arm.plan, sites_of(self._decoder.model), self._draw))
+        return self._challenger if len(self._challenger.tokens) <= len(arm.tokens) else arm
 
     def _over(self, arm: _Arm, challenger: _Arm) -> bool:
         """Whether a trial has ended; who won drafts from now on."""
@@ -184,7 +182,7 @@ def changed(plan: Plan, sites: Sequence[Site], draw: random.Random) -> Plan:
     """The plan with one sublayer more or less, with two of that, or with a layer more or less."""
     free = [s for s in sites if s.name not in plan.replace]
     skip = set(plan.skip)
-    if draw.random() < 0.5:
+    if free and draw.random() < 0.5:
         less = draw.random() < 0.5  # where few layers run, or few do not, a change that counts is not to be one of many
         layers = sorted({s.layer for s in free if (s.name in skip) != less}) or sorted({s.layer for s in free})
         layer = draw.choice(layers)

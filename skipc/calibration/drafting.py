@@ -79,8 +79,8 @@ def find_draft(
 
     Plans are compared as drafts are (SWIFT, arXiv 2410.06916): behind what the whole model has read, on tokens that it
     said itself. Candidates are early exits at each depth, ``plans``, and those that the planner makes of what each
-    sublayer costs and changes; the best is then changed by one or two sublayers at a time, and what promises more is
-    kept (a search by chance instead of the Bayesian one of Draft & Verify, arXiv 2309.08168, since a trial takes a
+    sublayer costs and changes; the best is then changed by a layer, a sublayer or two at a time, and what promises more
+    is kept (a search by chance instead of the Bayesian one of Draft & Verify, arXiv 2309.08168, since a trial takes a
     tenth of a second here). Nothing is compiled for a candidate, unless it brings weights.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -131,6 +132,11 @@ def test_time_counts_beside_tokens() -> None:
         assert draft._over(before, challenger) is over
         assert (draft._arm is challenger) is (fast < slow)
     assert draft._rest == 2 * adaptive._REST
+
+
+def test_a_plan_with_no_site_that_is_free_stays() -> None:
+    draw = random.Random(0)
+    assert all(adaptive.changed(skipc.Plan(["a"]), [], draw).skip == {"a"} for _ in range(8))
 
 
 def test_drafts_that_begin_alike_share_what_is_known_of_them(compiled: Any, model: Any) -> None:

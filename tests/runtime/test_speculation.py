@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from skipc.kernels import native
 from skipc.runtime import generation
 from skipc.runtime.hugging_face import _check
 from skipc.runtime.speculation.accepting import greedy, sampled
@@ -343,6 +344,17 @@ def test_many_rows_are_not_widened_unless_told(llama: Any) -> None:
     assert generation._speculation(speculation, llama.model, 7, False) is None
     assert "many rows" in str(speculation.stats.plain)
     assert generation._speculation(skipc.Speculation(widths=[4]), llama.model, 7, False) is not None
+
+
+def test_tile_registers_take_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "tiles", lambda: True)
+    layer = torch.nn.Linear(2, 2)
+    for dtype, expected in (
+        (torch.float32, [(1, 2), (1,), (1,)]),
+        (torch.bfloat16, [(1, 2, 4), (1, 2), (1,)]),
+    ):
+        layer.to(dtype)
+        assert [skipc.Speculation().widths_for(batch, layer) for batch in (4, 8, 9)] == expected
 
 
 def test_caches_that_slide_do_not_speculate() -> None:
